@@ -1,0 +1,48 @@
+# The commands of this project. Each sets up what it needs: a fresh clone on a machine with Python 3.11 and a
+# package index is enough.
+PYTHON ?= python3.11
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/requirements.lock
+
+.DEFAULT_GOAL := help
+.PHONY: help grid study test lint assets clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+grid: $(INSTALLED) ## compare the 4-bit methods on the default model (20 minutes on 2 cores)
+	$(BIN)/python -m harness.grid grids/quick.yaml
+
+study: $(INSTALLED) ## the same with everything learned and more of every task (hours; resumes)
+	$(BIN)/python -m harness.grid grids/full.yaml
+
+test: lint ## lint, then every test
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+assets: $(INSTALLED) ## fetch the default model and the benchmark files, without running anything
+	$(BIN)/python -m methods.assets
+
+clean: ## remove the environment and every cache in this folder (results and downloads stay)
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The copy of the lock file is written last, so a set-up that was cut off starts again, and the contents are
+# compared because a checkout changes the lock file's time. pip comes first: it installs the rest.
+$(INSTALLED): requirements.lock
+	@if cmp -s $< $@; then touch $@; else \
+	  set -e; \
+	  command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: make PYTHON=/path/to/python3.11" >&2; exit 2; }; \
+	  echo "setting up $(VENV) from $<"; \
+	  rm -rf $(VENV); \
+	  $(PYTHON) -m venv $(VENV); \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^pip==' $<)"; \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<; \
+	  $(BIN)/python -m pip check; \
+	  cp $< $@; \
+	fi

@@ -1,0 +1,35 @@
+"""What all tests share: no hub, deterministic property tests, and the golden numbers where they exist."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Set before any test imports huggingface_hub, which reads them once: a test that reaches for a hub fails at
+# once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Examples are drawn anew from the same seed in every run; a time limit per example would only measure the
+# machine.
+settings.register_profile("quantgrid", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("quantgrid")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Numbers computed with other public implementations, kept beside the repository and not part of it."""
+    folder = ROOT.parent / "shared" / "golden"
+    if not folder.is_dir():
+        pytest.skip("no golden numbers beside this checkout (../shared/golden)")
+    return folder
