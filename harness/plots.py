@@ -1,0 +1,177 @@
+"""The report's figures, as SVG files that are the same bytes on every run.
+
+Colours are Okabe and Ito's (distinct under all common colour blindness), without their yellow, which is
+too faint on white; markers tell methods apart a second time. The background is white in every figure, so
+that it reads the same on a dark page. No date or random id enters a file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+UNIFORM, GAUSSIAN = 1.8, 3.0
+"""Kurtosis (4th standardised moment) of a uniform and of a Gaussian distribution."""
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_GREY = "#555555"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes of the bits figure. series: label -> points (bits, value, standard error)."""
+
+    title: str
+    series: Mapping[str, Sequence[tuple[str, float, float]]]
+    reference: float | None = None
+    """Value of the unquantised model, a dashed line."""
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class KurtosisPanel:
+    """One pair of axes of the kurtosis figure: mean per-token kurtosis of each layer (layer, value)."""
+
+    title: str
+    before: Sequence[tuple[int, float]]
+    after: Mapping[tuple[str, ...], Sequence[tuple[int, float]]] = field(default_factory=dict)
+    """Labels of the methods that share a line -> points."""
+
+
+def bits_figure(path: Path, bits: Sequence[str], panels: Sequence[Panel], order: Sequence[str]) -> None:
+    """Value against bit-width, one line a method, from most bits to fewest; values not finite are left out.
+
+    Bit-widths are categories, not numbers: settings such as w4a16 and w4a4kv4 have the same effective bits
+    per weight, and their difference lies in activations and KV cache. A label's place in `order` is its
+    colour and marker, so that a method looks the same in all figures.
+    """
+    figure = Figure(figsize=(4.3 * len(panels) + 2.4, 4.4), layout="constrained", facecolor="white")
+    for index, panel in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), index + 1)
+        shown = [] if panel.reference is None else [panel.reference]
+        if panel.reference is not None:
+            axes.axhline(panel.reference, color="black", linestyle="--", linewidth=1.2, label="float")
+        for number, label in enumerate(order):
+            if label not in panel.series:
+                continue
+            # Side by side within a bit-width: equal values must not hide each other.
+            shift = min(0.05, 0.6 / len(order)) * (number - (len(order) - 1) / 2)
+            points = [p for p in panel.series[label] if math.isfinite(p[1])]
+            errors = [p[2] if math.isfinite(p[2]) else 0.0 for p in points]
+            axes.errorbar(
+                [bits.index(name) + shift for name, _, _ in points],
+                [value for _, value, _ in points],
+                yerr=errors,
+                capsize=2,
+                **_style(number),
+                label=label,
+            )
+            for (_, value, _), error in zip(points, errors, strict=True):
+                shown += [value + error, value - error if value > error or not panel.log else value]
+        axes.set_xticks(range(len(bits)), bits)
+        axes.set_xlim(-0.5, len(bits) - 0.5)
+        axes.set_xlabel("fewer bits →")
+        _dress(axes, panel.title)
+        if panel.log:
+            _log_axis(axes, shown)
+    _legend(figure)
+    _save(figure, path)
+
+
+def kurtosis_figure(path: Path, panels: Sequence[KurtosisPanel], order: Sequence[str]) -> None:
+    """Kurtosis against layer, before (grey) and after each transform, on one log axis for all panels.
+
+    `order` as in `bits_figure`; of methods that share a line the first gives colour and marker.
+    """
+    figure = Figure(figsize=(4.3 * len(panels) + 2.4, 4.4), layout="constrained", facecolor="white")
+    everything = [
+        value for panel in panels for line in (panel.before, *panel.after.values()) for _, value in line
+    ]
+    grey: dict[str, Any] = {"color": _GREY, "marker": ".", "linewidth": 1.6}
+    for index, panel in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), index + 1)
+        lines = [("before (float model)", grey, panel.before)]
+        for labels, series in panel.after.items():
+            lines.append((f"after {', '.join(labels)}", _style(order.index(labels[0])), series))
+        for label, style, series in lines:
+            points = [(layer, value) for layer, value in series if value > 0 and math.isfinite(value)]
+            axes.plot([layer for layer, _ in points], [value for _, value in points], **style, label=label)
+        axes.axhline(GAUSSIAN, color="black", linestyle="--", linewidth=1, label="Gaussian (3)")
+        axes.axhline(UNIFORM, color="black", linestyle=":", linewidth=1, label="uniform (1.8)")
+        axes.set_xlabel("layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _dress(axes, panel.title)
+        _log_axis(axes, [UNIFORM, GAUSSIAN, *everything])
+    _legend(figure)
+    _save(figure, path)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers within [low, high] for a log axis: 1, 2, 5 per decade, fewer over a wide range, more
+    over a narrow one; at least two wherever low < high."""
+    decades = math.log10(high / low) if high > low > 0 else 0.0
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1.0,) if decades > 4 else (1.0, 3.0) if decades > 2.5 else (1.0, 2.0, 5.0)
+    ticks = [step * 10.0**power for power in powers for step in steps]
+    inside = [tick for tick in ticks if low <= tick <= high]
+    if len(inside) >= 3:
+        return inside
+    return [float(tick) for tick in MaxNLocator(nbins=5).tick_values(low, high) if low <= tick <= high]
+
+
+def _log_axis(axes: Axes, values: Sequence[float]) -> None:
+    values = [value for value in values if value > 0 and math.isfinite(value)]
+    if not values:
+        return
+    margin = (max(values) / min(values)) ** 0.06 * 1.02
+    low, high = min(values) / margin, max(values) * margin
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_locator(FixedLocator(log_ticks(low, high)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick_label(value)))
+
+
+def _tick_label(value: float) -> str:
+    return f"{value:g}" if value < 1e4 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "markersize": 4.5,
+        "linewidth": 1.3,
+    }
+
+
+def _dress(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(figure: Figure) -> None:
+    entries = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(entries.values(), entries.keys(), loc="outside right upper", frameon=False, fontsize=9)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Text becomes outlines, so that a file looks the same whatever fonts its reader has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "quantgrid", "svg.fonttype": "path"}):
+        figure.savefig(path, metadata={"Date": None, "Creator": "quantgrid"}, dpi=110)

@@ -1,0 +1,178 @@
+"""Numbers and tables as the report shows them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+from harness.records import LATTICE_GROUP, Cell, Column, Record, Row, mean_accuracy, overall
+from harness.stats import Estimate
+from methods.bits import Bits, QuantiserSettings
+
+TEXT_COLUMNS = (
+    *("bits", "method", "model", "task", "metric", "protocol"),
+    *("setting", "value", "cell", "what", "stage", "reason"),
+)
+
+
+def flag_note(model: Record, flag: str) -> str:
+    if flag == "§":
+        return "§ Not ranked: a paper preset differs from the quick ones in more than the method."
+    lattice = model["pre_quantised"]
+    already = (
+        f"this checkpoint's weights already lie on at most {lattice['levels']} levels in groups of "
+        f"{lattice['group']} along the input ({lattice['fraction']:.0%} of its linears)"
+    )
+    if flag == "†":
+        return (
+            f"† Weight-only: {already}. Conclude nothing from it about weight-only methods on other models."
+        )
+    return f"‡ Not ranked: {already}, so input-axis groups of {LATTICE_GROUP} and less can hit them exactly."
+
+
+def upstream_text(entry: Record) -> str:
+    """What a task mirrors and how it departs from it; empty where the record names nothing."""
+    mirrors = [f"mirrors {entry['mirrors']}"] if entry.get("mirrors") else []
+    return ": ".join(
+        [*mirrors, *(["; ".join(map(str, entry["differences"]))] if entry.get("differences") else [])]
+    )
+
+
+def quantisers_text(record: Record, bits: Bits) -> str:
+    """The setting that all methods share, with what its defaults come to at this bit-width."""
+    try:
+        settings = QuantiserSettings(**(record.get("quantiser") or {}))
+    except TypeError:  # written by another version
+        return json.dumps(record["quantiser"])
+
+    def kind(symmetric: bool, clip: float) -> str:
+        return f"{'symmetric' if symmetric else 'asymmetric'}, clip {clip:g}"
+
+    linear, kv = settings.linear(bits), settings.kv(bits)
+    parts = []
+    if bits.quantises_weights:
+        search = ", range search" if linear.search else ""
+        scale = f"groups of {linear.group}" if linear.group else "per output channel"
+        parts.append(f"weights {'symmetric' if linear.symmetric else 'asymmetric'} {scale}{search}")
+    if linear.activation:
+        scale = f"token and {linear.activation.group} channels" if linear.activation.group else "token"
+        parts.append(f"activations per {scale} {kind(linear.activation.symmetric, linear.activation.clip)}")
+    if kv:
+        parts.append(f"KV per token and head {kind(kv.symmetric, kv.clip)}")
+    return "; ".join(parts)
+
+
+def calibration_text(record: Record) -> str:
+    """The text that methods learned from, and whether an evaluation text shares passages with it."""
+    if not record:
+        return ""
+    text = f"{record.get('name')}, {record.get('samples')} sequences of {record.get('length')} tokens"
+    shared = record.get("shared_13_grams_with_evaluation")
+    text += f", sha256 {str(record.get('sha256'))[:12]}"
+    return text if shared is None else f"{text}, {shared} 13-word sequences shared with evaluation texts"
+
+
+def mean_accuracy_text(row: Row, columns: Sequence[Column]) -> str:
+    estimate = overall(row, lambda cell: mean_accuracy(cell, columns))
+    return _percent(estimate) if estimate else "–"
+
+
+def value_text(row: Row, column: Column) -> str:
+    estimate = overall(row, column.estimate)
+    if estimate is not None:
+        shown = {"perplexity": _perplexity, "accuracy": _percent}.get(column.kind, _plain_number)
+        return shown(estimate)
+    if all(cell.state == "n/a" for cell in row.cells):
+        return "n/a"
+    if any("failed" in (cell.state, cell.task(column.task).get("status")) for cell in row.cells):
+        return "failed"
+    return "not finished" if any(cell.state == "partial" for cell in row.cells) else "–"
+
+
+def perplexity_of(estimate: Estimate) -> tuple[float, float]:
+    value = math.exp(estimate.value) if not estimate.value > 700 else math.inf
+    return value, value * estimate.stderr
+
+
+def _perplexity(log: Estimate) -> str:
+    """19.15 ± 0.42, 171.2 ± 3.1, 7.34e3 ± 0.21e3 (mantissa and error on one scale)."""
+    value, stderr = perplexity_of(log)
+    if not math.isfinite(value):
+        return "not finite"
+    exponent = math.floor(math.log10(value)) if value >= 1000 else 0
+    decimals = 2 if value < 100 or exponent else 1
+    tail = f"e{exponent}" if exponent else ""
+    return _with_error(f"{value / 10**exponent:.{decimals}f}", stderr / 10**exponent, decimals, tail)
+
+
+def _percent(estimate: Estimate) -> str:
+    if not math.isfinite(estimate.value):
+        return "not finite"
+    return _with_error(f"{100 * estimate.value:.1f}", 100 * estimate.stderr, 1)
+
+
+def _plain_number(estimate: Estimate) -> str:
+    return f"{estimate.value:.4g}" + (f" ± {estimate.stderr:.2g}" if math.isfinite(estimate.stderr) else "")
+
+
+def signed(estimate: Estimate | None, kind: str, mcnemar: float | None = None) -> str:
+    """A difference with sign, error and mark."""
+    if estimate is None:
+        return "–"
+    if not math.isfinite(estimate.value):
+        return "not finite"
+    scale, decimals = (1, 4 if estimate.stderr < 0.001 else 3) if kind == "perplexity" else (100, 1)
+    p = max(estimate.p_value(), mcnemar or 0.0)
+    mark = " **" if p <= 0.01 else " *" if p <= 0.05 else ""
+    shown = f"{scale * estimate.value:+.{decimals}f}"
+    return _with_error(shown, scale * estimate.stderr, decimals) + mark
+
+
+def _with_error(shown: str, stderr: float, decimals: int, tail: str = "") -> str:
+    return f"{shown}{tail} ± {stderr:.{decimals}f}{tail}" if math.isfinite(stderr) else shown + tail
+
+
+def effective_bits(cell: Cell) -> str:
+    bits = cell.record.get("effective_bits") or {}
+    found = [bits.get(name) for name in ("weight", "activation", "kv")]
+    return " / ".join("–" if value is None else f"{round(value, 2):g}" for value in found) if bits else "–"
+
+
+def count_text(entry: Record, unit: str) -> str | None:
+    if entry.get("n") is None:
+        return None
+    available = entry.get("available")
+    return f"{entry['n']:,} {unit}" if available is None else f"{entry['n']:,} of {available:,} {unit}"
+
+
+def distinct(values: Iterable[Any]) -> str:
+    """One value, or each with the number of cells that have it; a dash where there is none."""
+    counts: dict[str, int] = {}
+    for value in values:
+        if value not in (None, ""):
+            counts[str(value)] = counts.get(str(value), 0) + 1
+    if len(counts) < 2:
+        return next(iter(counts), "–")
+    return "; ".join(f"{value} ({count} cell{'s' * (count > 1)})" for value, count in counts.items())
+
+
+def reason_text(failure: Record) -> str:
+    """Kind and message; a user's mistake has a message that says it all. Long ones are cut."""
+    kind = failure.get("kind") if failure.get("kind") != "error" else None
+    text = ": ".join(str(part) for part in (kind, failure.get("message")) if part) or "not recorded"
+    return text if len(text) <= 400 else text[:400] + " …"
+
+
+def plain(text: object) -> str:
+    """One line that cannot break a Markdown table."""
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    numbers = ["left" if name in TEXT_COLUMNS else "right" for name in head]
+    cells = [[plain(value) for value in line] for line in lines]
+    return tabulate(cells, head, tablefmt="pipe", disable_numparse=True, colalign=numbers)
