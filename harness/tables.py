@@ -31,7 +31,7 @@ def flag_note(model: Record, flag: str) -> str:
         return (
             f"† Weight-only: {already}. Conclude nothing from it about weight-only methods on other models."
         )
-    return f"‡ Not ranked: {already}, so input-axis groups of {LATTICE_GROUP} and less can hit them exactly."
+    return f"‡ Not ranked: {already}, so input-axis groups of {LATTICE_GROUP} and less can come close to them whatever the method."
 
 
 def upstream_text(entry: Record) -> str:

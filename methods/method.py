@@ -1,0 +1,119 @@
+"""What a method is: a frozen dataclass of options that supplies any of four stages.
+
+learn → transform → plan → (ranges) run in this order; rounding is a separate, named stage after them.
+What a method leaves out has the default given here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from methods.bits import Bits, KVSpec, LinearSpec, QuantiserSettings
+from methods.decoder import Decoder
+from methods.errors import UserError
+
+ROUNDINGS = ("rtn", "gptq")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a method has learned: tensors and JSON-able facts about how."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where and how a stage runs. `progress(stage, done, total)` may be called as work advances."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    seed: int = 0
+    progress: Callable[[str, int, int], None] | None = None
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(stage, done, total)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Quantiser of every linear (by its full name) and of the KV cache."""
+
+    linears: dict[str, LinearSpec]
+    kv: KVSpec | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of all methods; its fields are the options that every method has.
+
+    preset: "quick" (minutes on two CPU cores) or "paper" (what the paper did). rounding: how weights
+    are rounded after the transform. samples, length: calibration sequences and their tokens (None:
+    the preset's). damp, act_order: GPTQ's.
+    """
+
+    preset: str = "quick"
+    rounding: str = "rtn"
+    samples: int | None = None
+    length: int | None = None
+    damp: float = 0.01
+    act_order: bool = False
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """What it takes beyond a checkpoint: "calibration", "gradients", "a special checkpoint"."""
+    random: ClassVar[bool] = False
+    """Whether its learn stage draws random numbers, calibration text aside."""
+    seams: ClassVar[frozenset[str]] = frozenset()
+    """Seams of the decoder that it transforms; two methods on one seam do not compose."""
+
+    def __post_init__(self) -> None:
+        _choose("preset", self.preset, ("quick", "paper"))
+        _choose("rounding", self.rounding, ROUNDINGS)
+        for option in ("samples", "length"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise UserError(f"{self.name}: {option} {value}: give a positive number")
+        if not 0 < self.damp < 1:
+            raise UserError(f"{self.name}: damp {self.damp}: give a share between 0 and 1")
+
+    def learn(self, model: Decoder, calibration: Tensor | None, ctx: Context) -> Artifact:
+        """Learn from the float model and calibration tokens [samples, length]; must not change the model."""
+        return Artifact()
+
+    def transform(self, model: Decoder, artifact: Artifact) -> Decoder:
+        """A function-preserving change of the decoder, merged in float64. Takes the model over: it may
+        change it in place, block by block, so that one block's memory suffices."""
+        return model
+
+    def plan(
+        self, model: Decoder, bits: Bits, settings: QuantiserSettings, artifact: Artifact, base: Plan
+    ) -> Plan:
+        """Bits, group, symmetry and kept columns of each linear; `base` is the plan so far."""
+        return base
+
+    def notes(self, model: Decoder) -> list[str]:
+        """Departures from the paper on this model that a reader of the result must know."""
+        return []
+
+    def calibration_shape(self) -> tuple[int, int]:
+        """Sequences and tokens each for calibration: the options, else the preset's."""
+        samples, length = (128, 2048) if self.preset == "paper" else (32, 512)
+        return self.samples or samples, self.length or length
+
+
+def _choose(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{option} {value!r}: choose one of {', '.join(choices)}")
+
+
+def default_plan(model: Decoder, bits: Bits, settings: QuantiserSettings) -> Plan:
+    """The same quantiser for every linear; lm_head and embedding stay as they are."""
+    return Plan({name: settings.linear(bits) for name, _ in model.linears()}, settings.kv(bits))

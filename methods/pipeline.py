@@ -1,0 +1,195 @@
+"""From a checkpoint to a quantised decoder: learn, transform, plan, round, set the quantisers.
+
+`a+b` composes methods: their transforms run in order, then their plans, then one rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from methods.bits import Bits, LinearSpec, QuantiserSettings
+from methods.checkpoint import Checkpoint
+from methods.decoder import Block, Decoder
+from methods.errors import UserError
+from methods.kurtosis import SiteKurtosis, block_input_kurtosis
+from methods.method import Artifact, Context, Method, Plan, default_plan
+from methods.rounding import RoundingError, round_weights
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One or more methods and the rounding that follows them; `spec` is what the user wrote."""
+
+    spec: str
+    parts: tuple[Method, ...]
+
+    def __post_init__(self) -> None:
+        taken: dict[str, str] = {}
+        for part in self.parts:
+            for seam in sorted(part.seams):
+                if seam in taken:
+                    raise UserError(
+                        f"{self.spec}: {taken[seam]} and {part.name} both transform the {seam} seam"
+                    )
+                taken[seam] = part.name
+
+    @property
+    def name(self) -> str:
+        return "+".join(part.name for part in self.parts)
+
+    @property
+    def is_float(self) -> bool:
+        return self.name == "float"
+
+    @cached_property
+    def lead(self) -> Method:
+        """The part whose rounding and calibration options hold: the last with a rounding of its own,
+        since composing names the refinement last; a plain `rtn` default does not overrule `gptq`."""
+        roundings = {part.rounding for part in self.parts} - {"rtn"}
+        if len(roundings) > 1:
+            raise UserError(f"{self.spec}: asks for more than one rounding: {', '.join(sorted(roundings))}")
+        return next((part for part in reversed(self.parts) if part.rounding in roundings), self.parts[-1])
+
+    @property
+    def rounding(self) -> str:
+        return self.lead.rounding
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.rounding == "gptq" or any("calibration" in part.needs for part in self.parts)
+
+    @property
+    def uses_seed(self) -> bool:
+        """Whether another seed gives another model."""
+        return self.needs_calibration or any(part.random for part in self.parts)
+
+
+@dataclass
+class Quantised:
+    """A decoder ready to evaluate, and what making it took."""
+
+    decoder: Decoder
+    plan: Plan
+    notes: list[str] = field(default_factory=list)
+    rounding_errors: list[RoundingError] = field(default_factory=list)
+    kurtosis: list[SiteKurtosis] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def quantise(
+    checkpoint: Checkpoint,
+    pipeline: Pipeline,
+    bits: Bits,
+    ctx: Context,
+    *,
+    settings: QuantiserSettings | None = None,
+    calibration: Tensor | None = None,
+    probe: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Quantised:
+    """Run all stages on a fresh copy of the checkpoint. calibration: token ids [samples, length]; on
+    `probe`, ids [B, T], the kurtosis of block inputs is measured between transform and rounding."""
+    settings = settings or QuantiserSettings()
+    if pipeline.is_float != bits.is_float:
+        raise UserError(
+            f"{pipeline.spec} at {bits}: float goes with w16a16, every other method with fewer bits"
+        )
+    if pipeline.needs_calibration and calibration is None:
+        raise UserError(f"{pipeline.spec} needs calibration tokens")
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+
+    def lap(stage: str) -> None:
+        nonlocal started
+        now = time.perf_counter()
+        seconds[stage] = seconds.get(stage, 0.0) + now - started
+        started = now
+
+    model = checkpoint.load(dtype)
+    lap("load")
+    artifacts: list[Artifact] = []
+    notes: list[str] = []
+    for part in pipeline.parts:
+        with torch.enable_grad():
+            artifacts.append(part.learn(model, calibration, ctx))
+        lap("learn")
+        notes += part.notes(model)
+        model = part.transform(model, artifacts[-1])
+        lap("transform")
+    kurtosis = [] if probe is None else block_input_kurtosis(model, probe, ctx.device)
+    lap("probe")
+    plan = default_plan(model, bits, settings)
+    for part, artifact in zip(pipeline.parts, artifacts, strict=True):
+        plan = part.plan(model, bits, settings, artifact, plan)
+    errors: list[RoundingError] = []
+    if bits.quantises_weights:
+        lead = pipeline.lead
+        errors = round_weights(
+            model,
+            plan.linears,
+            pipeline.rounding,
+            ctx,
+            calibration=calibration,
+            damp=lead.damp,
+            act_order=lead.act_order,
+        )
+    lap("round")
+    set_quantisers(model, plan)
+    return Quantised(model.to(ctx.device), plan, notes, errors, kurtosis, seconds)
+
+
+def set_quantisers(model: Decoder, plan: Plan) -> None:
+    """Switch on the quantisers of linear inputs and of the KV cache."""
+    for name, linear in model.linears():
+        spec = plan.linears.get(name)
+        linear.activation = spec.activation if spec is not None else None
+        linear.keep = spec.keep if spec is not None else 0  # also where the weight stays in 16 bit
+    for block in model.layers:
+        assert isinstance(block, Block)
+        block.self_attn.kv = plan.kv
+        if plan.kv is None:
+            # It serves the cache alone and leaves the scores as they are.
+            block.self_attn.rotation = None
+
+
+def effective_bits(model: Decoder, plan: Plan) -> dict[str, float]:
+    """Bits per quantisable weight, activation and KV entry, scales, zero-points and kept columns counted
+    (16 bits a scale; `bits` bits a weight zero-point, 16 a KV zero-point, as they are stored)."""
+    weight_bits = weights = activation_bits = inputs = 0.0
+    for name, linear in model.linears():
+        spec = plan.linears.get(name, LinearSpec(bits=16))
+        count = linear.weight.numel()
+        weights += count
+        weight_bits += _weight_bits(linear.weight, spec)
+        width = linear.weight.shape[1]
+        inputs += width
+        if spec.activation is None:
+            activation_bits += 16 * width
+        else:
+            quantised = width - spec.keep
+            scales = quantised / (spec.activation.group or quantised)
+            overhead = (
+                0.0 if spec.activation.static else 16 * scales * (1 if spec.activation.symmetric else 2)
+            )
+            activation_bits += 16 * spec.keep + spec.activation.bits * quantised + overhead
+    kv = 16.0
+    if plan.kv is not None:
+        per_head = 0 if plan.kv.static else 16 * (1 if plan.kv.symmetric else 2)
+        kv = plan.kv.bits + per_head / model.config.head_dim
+    return {"weight": weight_bits / weights, "activation": activation_bits / inputs, "kv": kv}
+
+
+def _weight_bits(weight: Tensor, spec: LinearSpec) -> float:
+    if spec.bits >= 16:
+        return 16.0 * weight.numel()
+    outputs, inputs = weight.shape[0], weight.shape[1] - spec.keep
+    along, across = (inputs, outputs) if spec.axis == 1 else (outputs, inputs)
+    groups = across * (along / (spec.group or along))
+    per_group = 16 + (0 if spec.symmetric else spec.bits)
+    return 16.0 * outputs * spec.keep + spec.bits * outputs * inputs + per_group * groups
