@@ -1,0 +1,139 @@
+"""What a number may depend on beside the grid: versions, machine, threads, the code itself."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import threading
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+
+from methods.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+_LIBRARIES = ("torch", "transformers", "tokenizers", "lm_eval", "datasets", "numpy", "scipy")
+_CODE = ("kernels", "methods", "harness")
+_PRESENTATION = {"report.py", "records.py", "tables.py", "plots.py", "stats.py", "progress.py", "grid.py"}
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Versions, processor, threads and device, as they stand in every record."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "quantgrid": _version("quantgrid") or _declared_version(),
+        "code": code_digest(),
+        "commit": commit(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _LIBRARIES},
+        "platform": platform.platform(terse=True),
+        "cpu": processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "gpu": gpu,
+    }
+
+
+def parse_device(text: str) -> torch.device:
+    """cpu, cuda or cuda:N; UserError where this machine lacks it."""
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise UserError(f"device {text!r}: give cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {text!r}: give cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {text!r}: this machine has no usable CUDA GPU; give cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {text!r}: this machine has {torch.cuda.device_count()} GPU(s)")
+    return device
+
+
+@cache
+def code_digest() -> str:
+    """Digest of the source files that can change a number (not those that present it)."""
+    digest = hashlib.sha256()
+    for package in _CODE:
+        for file in sorted((ROOT / package).rglob("*")):
+            if file.suffix in (".py", ".yaml") and file.name not in _PRESENTATION:
+                digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the working tree, "+" appended where it has changes; None outside a repository."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+@cache
+def processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def _declared_version() -> str | None:
+    import tomllib
+
+    try:
+        declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    except (OSError, KeyError, ValueError):
+        return None
+    return str(declared)
+
+
+class PeakMemory:
+    """Highest resident memory of this process while the context is open, in bytes, sampled at 20 Hz."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process(os.getpid())
+        self._stop = threading.Event()
+        self.bytes = 0
+
+    def _sample(self) -> None:
+        while True:
+            self.bytes = max(self.bytes, self._process.memory_info().rss)
+            if self._stop.wait(0.05):
+                return
+
+    def __enter__(self) -> PeakMemory:
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()

@@ -1,0 +1,128 @@
+"""`python -m harness.grid [grid.yaml] [options]`: fill a grid, print the comparison, write the report."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from methods.distribution import refuse_foreign_kernels
+from methods.errors import UserError
+
+QUICK = Path(__file__).resolve().parent.parent / "grids" / "quick.yaml"
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="python -m harness.grid",
+        description="Compare 4-bit quantisation methods on the same models, data, protocol and settings.",
+        epilog="A method is name[:option=value;option=value], a+b composes; `python -m methods` lists them.",
+    )
+    result.add_argument("grid", nargs="?", type=Path, help="grid file (default: grids/quick.yaml)")
+    result.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="such as float rtn 'quarot:rounding=rtn'"
+    )
+    result.add_argument(
+        "--models", nargs="+", metavar="MODEL", help="default model, folder, .gguf file or hub id"
+    )
+    result.add_argument("--bits", nargs="+", metavar="BITS", help="such as w4a16 w4a8kv8 w4a4kv4 w4a16g128")
+    result.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="local tasks, perplexity_* or any lm-eval task"
+    )
+    result.add_argument("--limit", type=int, metavar="N", help="documents per task (windows for perplexity)")
+    result.add_argument(
+        "--calibration", metavar="NAME|PATH", help="boolq, wikitext2, c4, pile, or a text path"
+    )
+    result.add_argument("--seeds", type=int, metavar="N", help="repetitions with seeds 0 .. N-1")
+    result.add_argument("--device", help="cpu, cuda or cuda:N")
+    result.add_argument("--dtype", help="float32, float64, bfloat16 or float16")
+    result.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    result.add_argument(
+        "--out", type=Path, metavar="DIR", help="where results go (default: results/<grid name>)"
+    )
+    result.add_argument(
+        "--retry-failed", action="store_true", help="run cells again whose record says failed"
+    )
+    result.add_argument("--list", action="store_true", help="list the cells and stop")
+    result.add_argument("--quiet", action="store_true", help="no progress bar")
+    return result
+
+
+def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The grid's fields that the command line gives."""
+    names = (
+        "methods",
+        "models",
+        "bits",
+        "tasks",
+        "limit",
+        "calibration",
+        "seeds",
+        "device",
+        "dtype",
+        "threads",
+    )
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if "limit" in given:
+        given["limits"] = {}  # the grid file's limits of single tasks give way, too
+    return given
+
+
+def run(arguments: argparse.Namespace, command: str) -> int:
+    from harness.config import cells_of, load_grid, needs_hub
+
+    grid = load_grid(arguments.grid or QUICK, overrides(arguments))
+    if not needs_hub(grid):
+        # Read when the hub's client is imported, which happens below.
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    if arguments.list:
+        for cell in cells_of(grid):
+            print(cell)
+        print(f"{len(cells_of(grid))} cells; tasks: {', '.join(grid.tasks)}")
+        return 0
+    from harness import report
+    from harness.engine import run_grid
+
+    out = arguments.out or Path("results") / grid.name
+    records = run_grid(grid, out, command=command, retry_failed=arguments.retry_failed, quiet=arguments.quiet)
+    print(report.headline(records))
+    print(f"report: {report.write_report(out)}")
+    failed = sum(record["status"] != "done" for record in records)
+    if failed:
+        print(f"{failed} of {len(records)} cells are incomplete; the report lists why", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def silence_libraries() -> None:
+    """Keep the libraries' chatter out of the progress bar; errors still show."""
+    os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # our own bar says otherwise for itself
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    arguments = parser().parse_args(given)
+    silence_libraries()
+    try:
+        refuse_foreign_kernels()
+        return run(arguments, f"python -m harness.grid {shlex.join(given)}".strip())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: finished tasks are kept; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

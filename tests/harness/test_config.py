@@ -1,0 +1,119 @@
+"""Grids as users write them: which cells they mean, and one clear line for each mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harness.config import cells_of, load_grid, needs_hub
+from methods.errors import UserError
+
+GRID = {"methods": ["float", "rtn", "quarot"], "tasks": ["piqa_local"]}
+
+
+def test_float_comes_first_and_once_and_only_random_methods_repeat() -> None:
+    grid = load_grid(
+        None, {**GRID, "methods": ["rtn", "quarot", "float"], "bits": ["w4a16", "w4a4kv4"], "seeds": 3}
+    )
+    cells = [(cell.method, cell.bits, cell.seed) for cell in cells_of(grid)]
+    assert cells[0] == ("float", "w16a16", 0)
+    assert cells[1:3] == [("rtn", "w4a16", 0), ("rtn", "w4a4kv4", 0)]
+    assert cells[3:] == [("quarot", bits, seed) for bits in ("w4a16", "w4a4kv4") for seed in range(3)]
+
+
+def test_an_entry_may_have_bits_of_its_own() -> None:
+    entries = ["rtn", {"method": "quarot:rounding=rtn", "bits": ["w4a4kv4"]}]
+    grid = load_grid(None, {**GRID, "methods": entries, "bits": ["w4a16", "w4a8kv8"]})
+    found = [(cell.method, cell.bits) for cell in cells_of(grid)]
+    assert found == [("rtn", "w4a16"), ("rtn", "w4a8kv8"), ("quarot:rounding=rtn", "w4a4kv4")]
+
+
+def test_bits_are_kept_in_canonical_form() -> None:
+    grid = load_grid(None, {**GRID, "bits": ["W4A16KV16"]})
+    assert grid.bits == ("w4a16",)
+
+
+def test_a_file_and_what_overrides_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "methods: [rtn]\ntasks: [piqa_local]\ncalibration: {samples: 5}\nquantiser: {kv_clip: 0.9}\n"
+    )
+    grid = load_grid(path, {"bits": ["w4a8kv8"], "calibration": "some.txt"})
+    assert grid.name == "mine"
+    assert (grid.calibration.corpus, grid.calibration.samples) == ("some.txt", 5)
+    assert grid.quantiser.kv_clip == 0.9
+    assert grid.bits == ("w4a8kv8",)
+
+
+def test_limits_of_single_tasks() -> None:
+    grid = load_grid(None, {**GRID, "limit": 7, "limits": {"perplexity_news": 2}})
+    assert (grid.limit_of("piqa_local"), grid.limit_of("perplexity_news")) == (7, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "hub"),
+    [
+        ({}, False),
+        ({"models": ["org/name"]}, True),
+        ({"tasks": ["hellaswag"]}, True),
+        ({"calibration": "c4"}, True),
+        ({"calibration": "notes.txt"}, False),
+        ({"tasks": ["perplexity_news", "mmlu_local"]}, False),
+    ],
+)
+def test_the_default_path_needs_no_hub(changes: dict[str, object], hub: bool) -> None:
+    assert needs_hub(load_grid(None, {**GRID, **changes})) is hub
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"methods": ["quarott"]}, "did you mean 'quarot'"),
+        ({"methods": ["quarot:onlin=true"]}, "did you mean 'online'"),
+        ({"bits": ["w4a4kv"]}, "w<bits>a<bits>"),
+        ({"bits": ["w1a4"]}, "weight bits 1"),
+        ({"limit": 0}, "limit"),
+        ({"limits": {"piqa_local": 0}}, "limit of piqa_local"),
+        ({"seeds": 0}, "seeds"),
+        ({"dtype": "int3"}, "dtype"),
+        ({"quantiser": {"kv_clip": 2}}, "kv_clip"),
+        ({"colour": "red"}, "colour"),
+        ({"methods": []}, "methods"),
+        ({"name": "../up"}, "name"),
+    ],
+)
+def test_mistakes_name_themselves(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_grid(None, {**GRID, **changes})
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_grid_without_cells_is_refused() -> None:
+    with pytest.raises(UserError, match="no cells"):
+        cells_of(load_grid(None, {**GRID, "methods": ["rtn"], "bits": ["w16a16"]}))
+
+
+@pytest.mark.parametrize("text", ["methods: [rtn", "- rtn", ""])
+def test_files_that_are_no_grid(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="grid file"):
+        load_grid(path, {})
+
+
+@pytest.mark.parametrize("name", ["quick", "full"])
+def test_shipped_grids_load(root: Path, name: str) -> None:
+    grid = load_grid(root / "grids" / f"{name}.yaml", {})
+    assert not needs_hub(grid)
+    methods = {cell.pipeline.name for cell in cells_of(grid)}
+    assert {"float", "rtn", "gptq", "quarot"} <= methods
+
+
+def test_every_registered_method_has_a_w4a4kv4_row_in_the_quick_grid(root: Path) -> None:
+    from methods.registry import _BUILT_IN
+
+    grid = load_grid(root / "grids" / "quick.yaml", {})
+    rows = {cell.pipeline.name for cell in cells_of(grid) if cell.bits == "w4a4kv4"}
+    assert set(_BUILT_IN) - {"float"} <= rows

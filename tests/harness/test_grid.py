@@ -1,0 +1,265 @@
+"""The command itself, on a small random model and the real benchmark data: what it leaves behind, and what
+it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness import engine, grid
+from tests import families
+from tests.harness.tokenizers import VOCABULARY, byte_tokenizer
+
+TASKS = ["perplexity_wikipedia", "piqa_local", "asdiv_local"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A three-layer model with a byte tokenizer, as a folder that the hub could have served."""
+    folder = tmp_path_factory.mktemp("model") / "small"
+    config = families.config("mistral-window", vocab_size=VOCABULARY, max_position_embeddings=2048)
+    families.build(config, torch.float32).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, model: str) -> Path:
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        f"models: [{model}]\nmethods: [float, rtn, quarot]\nbits: [w4a4kv4]\ntasks: {json.dumps(TASKS)}\n"
+        "limit: 3\nperplexity_length: 64\ncalibration: {samples: 4, length: 32}\n"
+    )
+    return path
+
+
+def run(settings: Path, out: Path, *arguments: str) -> int:
+    return grid.main([str(settings), "--out", str(out), "--quiet", *arguments])
+
+
+def records(out: Path) -> dict[str, dict[str, Any]]:
+    found = [json.loads(path.read_text()) for path in out.glob("*/cell.json")]
+    return {f"{record['method']['name']} {record['bits']} {record['seed']}": record for record in found}
+
+
+def numbers(out: Path) -> dict[str, Any]:
+    """All metrics and every sample of a run."""
+    return {
+        name: (
+            {task: entry["metrics"] for task, entry in record["tasks"].items()},
+            {path.name: path.read_text() for path in (out / record["id"] / "samples").iterdir()},
+        )
+        for name, record in records(out).items()
+    }
+
+
+def test_a_run_leaves_records_samples_and_a_report(
+    settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(settings, out) == 0
+    printed = capsys.readouterr().out
+    assert "quarot (gptq)" in printed
+    assert str(out / "report.md") in printed
+    report = (out / "report.md").read_text()
+    assert "quarot (gptq)" in report
+    found = records(out)
+    assert set(found) == {"float w16a16 0", "rtn w4a4kv4 0", "quarot w4a4kv4 0"}
+    record = found["quarot w4a4kv4 0"]
+    assert record["status"] == "done"
+    assert set(record["tasks"]) == set(TASKS)
+    assert record["environment"]["threads"] == torch.get_num_threads()
+    assert record["calibration"]["samples"] == 4
+    assert 4 < record["effective_bits"]["weight"] < 5
+    assert record["measured"]["peak_memory_bytes"] > 0
+    assert len(record["diagnostics"]["kurtosis"]) == 3 * 2
+    perplexity = record["tasks"]["perplexity_wikipedia"]
+    assert perplexity["n"] == 3 < perplexity["available"]
+    assert "windows of 64" in perplexity["protocol"]
+    rows = (out / record["id"] / "samples" / "piqa_local.jsonl").read_text().splitlines()
+    assert len(rows) == 3
+    assert len(json.loads(rows[0])["choices"]) == 2
+
+
+def test_the_same_command_gives_the_same_numbers(settings: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        assert run(settings, tmp_path / name) == 0
+    assert numbers(tmp_path / "first") == numbers(tmp_path / "second")
+
+
+def test_another_seed_gives_another_quarot_and_the_same_documents(settings: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(settings, out, "--seeds", "2", "--tasks", "perplexity_wikipedia") == 0
+    found = records(out)
+    assert set(found) == {"float w16a16 0", "rtn w4a4kv4 0", "quarot w4a4kv4 0", "quarot w4a4kv4 1"}
+    first, second = (found[f"quarot w4a4kv4 {seed}"]["tasks"]["perplexity_wikipedia"] for seed in (0, 1))
+    assert first["key"] == second["key"]
+    assert first["metrics"] != second["metrics"]
+
+
+def test_what_is_done_is_not_done_again(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert run(settings, out, "--tasks", "piqa_local", "asdiv_local") == 0
+    before = numbers(out)
+    scored: list[str] = []
+    monkeypatch.setattr(engine, "run_task", _counting(engine.run_task, scored))
+    assert run(settings, out) == 0
+    assert scored == ["perplexity_wikipedia"] * 3
+    after = numbers(out)
+    for name, (metrics, samples) in before.items():
+        assert {task: after[name][0][task] for task in metrics} == metrics
+        assert {file: after[name][1][file] for file in samples} == samples
+    monkeypatch.setattr(engine, "quantise", _never)
+    assert run(settings, out) == 0
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(settings, tmp_path / "whole") == 0
+    out = tmp_path / "out"
+    scored: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "run_task", _counting(engine.run_task, scored, stop_at=5))
+        assert run(settings, out) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr(engine, "run_task", _counting(engine.run_task, scored))
+    assert run(settings, out) == 0
+    assert len(scored) == 9 + 1  # the interrupted one twice
+    assert numbers(out) == numbers(tmp_path / "whole")
+
+
+def test_a_damaged_record_is_made_again(settings: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(settings, out, "--tasks", "piqa_local") == 0
+    before = numbers(out)
+    damaged = records(out)["rtn w4a4kv4 0"]["id"]
+    (out / damaged / "cell.json").write_text('{"schema": 1, "tas')
+    missing = records_except(out, damaged)
+    (out / missing / "samples" / "piqa_local.jsonl").unlink()
+    assert run(settings, out, "--tasks", "piqa_local") == 0
+    assert numbers(out) == before
+
+
+def records_except(out: Path, name: str) -> str:
+    return next(path.parent.name for path in sorted(out.glob("*/cell.json")) if path.parent.name != name)
+
+
+def test_a_cell_that_cannot_run_is_recorded_and_the_rest_goes_on(
+    settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ("--tasks", "piqa_local", "--methods", "rtn", "--bits", "w4a16g104", "w4a16")
+    assert run(settings, out, *arguments) == 1
+    assert "group size 104" in capsys.readouterr().out
+    found = records(out)
+    failed = found["rtn w4a16g104 0"]
+    assert failed["status"] == "failed"
+    assert failed["failure"]["stage"] == "quantise"
+    assert "group size 104" in failed["failure"]["message"]
+    assert found["rtn w4a16 0"]["status"] == "done"
+    assert "group size 104" in (out / "report.md").read_text()
+
+
+def test_a_task_that_breaks_is_recorded_and_retried_on_request(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "run_task", _breaking(engine.run_task, "piqa_local"))
+        assert run(settings, out, "--methods", "rtn") == 1
+    record = records(out)["rtn w4a4kv4 0"]
+    assert record["status"] == "partial"
+    assert record["tasks"]["piqa_local"]["failure"]["kind"] == "ZeroDivisionError"
+    assert record["tasks"]["asdiv_local"]["status"] == "done"
+    assert run(settings, out, "--methods", "rtn") == 1  # not again by itself
+    assert run(settings, out, "--methods", "rtn", "--retry-failed") == 0
+
+
+def test_infinite_log_likelihoods_are_failures(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from methods.decoder import Decoder
+
+    out = tmp_path / "out"
+    whole = Decoder.logits
+    monkeypatch.setattr(Decoder, "logits", lambda self, state: whole(self, state) * float("nan"))
+    assert run(settings, out, "--methods", "rtn", "--tasks", "perplexity_wikipedia", "piqa_local") == 1
+    for task in records(out)["rtn w4a4kv4 0"]["tasks"].values():
+        assert "not finite" in task["failure"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--methods", "quarott"], "did you mean 'quarot'"),
+        (["--methods", "quarot+quarot"], "both transform"),
+        (["--methods", "rtn:rounding=nearest"], "rtn, gptq"),
+        (["--bits", "w4"], "w4a4kv4"),
+        (["--models", "no-such-model"], "smollm2-135m-instruct"),
+        (["--tasks", "piqa_locl"], "did you mean 'piqa_local'"),
+        (["--tasks", "humaneval"], "executes code"),
+        (["--limit", "0"], "limit"),
+        (["--limit", "-3"], "limit"),
+        (["--seeds", "0"], "seeds"),
+        (["--device", "abacus"], "cpu, cuda"),
+        (["--calibration", "no-such-text"], "no-such-text"),
+        (["--dtype", "int4"], "float32"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(
+    settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert run(settings, tmp_path / "out", *arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert words in lines[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there(settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(settings, tmp_path / "out", "--device", "cuda") == 2
+    assert "no usable CUDA GPU" in capsys.readouterr().err
+
+
+def test_a_missing_grid_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert grid.main([str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in capsys.readouterr().err
+
+
+def test_list_runs_nothing(settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(settings, tmp_path / "out", "--list") == 0
+    printed = capsys.readouterr().out
+    assert "quarot w4a4kv4 seed 0" in printed
+    assert "3 cells" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def _counting(original: Any, scored: list[str], stop_at: int | None = None) -> Any:
+    def run_task(decoder: Any, checkpoint: Any, plan: Any, *rest: Any) -> Any:
+        scored.append(plan.name)
+        if len(scored) == stop_at:
+            raise KeyboardInterrupt
+        return original(decoder, checkpoint, plan, *rest)
+
+    return run_task
+
+
+def _breaking(original: Any, name: str) -> Any:
+    def run_task(decoder: Any, checkpoint: Any, plan: Any, *rest: Any) -> Any:
+        if plan.name == name:
+            raise ZeroDivisionError("planted")
+        return original(decoder, checkpoint, plan, *rest)
+
+    return run_task
+
+
+def _never(*_: Any, **__: Any) -> Any:
+    raise AssertionError("this cell was done before")
