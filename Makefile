@@ -19,7 +19,7 @@ study: $(INSTALLED) ## the same with everything learned and more of every task (
 	$(BIN)/python -m harness.grid grids/full.yaml
 
 test: lint ## lint, then every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadscope
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

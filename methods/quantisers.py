@@ -11,9 +11,7 @@ from torch import Tensor
 
 SHRINK_STEPS, SHRINK_GRID, ERROR_EXPONENT = 80, 100, 2.4
 _SCALE_FLOOR = 1e-5
-# Values searched at a time: they stay in one core's cache, and torch computes so few on the calling thread
-# alone (its grain is 32768); a barrier after each of the search's thousand small operations costs more.
-_CHUNK = (1 << 15) - 1
+_CHUNK = 1 << 18  # values searched at a time: few enough for the cache, enough to keep several cores busy
 
 
 def code_bounds(bits: int, symmetric: bool) -> tuple[int, int]:
