@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from harness.tasks import LOCAL_TASKS, PERPLEXITY_TASKS
 from methods.bits import FLOAT, Bits, QuantiserSettings
@@ -72,7 +72,6 @@ class GridConfig(_Strict):
     batch_size: int = Field(default=1, ge=1)
     max_length: int = Field(default=2048, ge=16)
     perplexity_length: int = Field(default=2048, ge=16)
-    num_fewshot: int | None = Field(default=None, ge=0)
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -93,6 +92,13 @@ class GridConfig(_Strict):
             if limit < 1:
                 raise ValueError(f"limit of {task} is {limit}: give a positive number")
         return value
+
+    @model_validator(mode="after")
+    def _limited_tasks_are_asked_for(self) -> GridConfig:
+        stray = [task for task in self.limits if task not in self.tasks]
+        if stray:
+            raise ValueError(f"limits of {', '.join(stray)}: not among the tasks")
+        return self
 
     def limit_of(self, task: str) -> int | None:
         return self.limits.get(task, self.limit)
@@ -136,7 +142,8 @@ def cells_of(grid: GridConfig) -> list[CellSpec]:
             for bits in widths:
                 if not pipeline.is_float and Bits.parse(bits).is_float:
                     continue
-                for seed in range(grid.seeds if pipeline.uses_seed else 1):
+                seeded = pipeline.seeded(Bits.parse(bits), grid.quantiser)
+                for seed in range(grid.seeds if seeded else 1):
                     cells[CellSpec(model, entry.method, bits, seed)] = None
     if not cells:
         raise UserError("the grid has no cells: give at least one method and bit-width below 16")
@@ -163,6 +170,9 @@ def load_grid(path: Path | None, overrides: dict[str, Any]) -> GridConfig:
     if calibration is not None:
         values["calibration"] = {**(values.get("calibration") or {}), "corpus": calibration}
     values.update(overrides)
+    if "tasks" in overrides and "limits" not in overrides and values.get("limits"):
+        # The file's limits are for the file's tasks.
+        values["limits"] = {task: n for task, n in values["limits"].items() if task in overrides["tasks"]}
     try:
         return GridConfig.model_validate(values)
     except ValidationError as error:

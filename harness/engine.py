@@ -24,14 +24,14 @@ from harness import environment, store
 from harness.config import CellSpec, GridConfig, cells_of
 from harness.evaluate import TaskPlan, plan_tasks, run_task
 from harness.progress import Progress
-from methods import lattice
+from methods import assets, lattice
 from methods.bits import Bits
 from methods.calibration import Corpus, contamination, load_corpus, token_windows
 from methods.checkpoint import Checkpoint, open_checkpoint
 from methods.errors import UserError
 from methods.kurtosis import block_input_kurtosis
 from methods.method import Context
-from methods.pipeline import Pipeline, Quantised, effective_bits, quantise
+from methods.pipeline import Pipeline, Quantised, effective_bits, model_bits, quantise
 
 PROBE_TOKENS = 1024
 Record = dict[str, Any]
@@ -63,9 +63,16 @@ class Calibration:
 
 
 def calibration_shape(grid: GridConfig, pipeline: Pipeline) -> tuple[int, int]:
-    """Calibration sequences and their length: the grid's where it gives them, else the method's."""
-    samples, length = pipeline.lead.calibration_shape()
-    return grid.calibration.samples or samples, grid.calibration.length or length
+    """Calibration sequences and their length: the method's own options, else (but for paper presets) the
+    grid's, else the preset's."""
+    lead = pipeline.lead
+    samples, length = lead.calibration_shape()
+    if lead.preset == "paper":
+        return samples, length
+    return (
+        lead.samples or grid.calibration.samples or samples,
+        lead.length or grid.calibration.length or length,
+    )
 
 
 def run_grid(
@@ -83,15 +90,28 @@ def run_grid(
     cells = cells_of(grid)
     identities = [identity(cell, grid, models[cell.model], calibration, device) for cell in cells]
     ids = [digest(item) for item in identities]
-    manifest = {"name": grid.name, "command": command, "cells": ids, "grid": grid.model_dump(mode="json")}
+    manifest = {
+        "name": grid.name,
+        "command": command,
+        "cells": ids,
+        "tasks": task_names(models),
+        "grid": grid.model_dump(mode="json"),
+    }
     store.write_json(out / store.MANIFEST, manifest)
     records = []
     with Progress(sum(units(cell, grid, models[cell.model]) for cell in cells), quiet) as progress:
         for cell, cell_id, about in zip(cells, ids, identities, strict=True):
             runner = CellRun(cell, grid, models[cell.model], calibration, device, out / cell_id, progress)
             record = new_record(cell_id, about, models[cell.model], command)
-            records.append(runner.run(record, retry_failed))
+            record = runner.run(record, retry_failed)
+            asked = {plan.name for plan in models[cell.model].tasks}
+            tasks = {name: task for name, task in record["tasks"].items() if name in asked}
+            records.append(record | {"tasks": tasks})
     return records
+
+
+def task_names(models: dict[str, Model]) -> list[str]:
+    return list(dict.fromkeys(plan.name for model in models.values() for plan in model.tasks))
 
 
 def open_model(name: str, grid: GridConfig) -> Model:
@@ -100,7 +120,7 @@ def open_model(name: str, grid: GridConfig) -> Model:
     probe = token_windows(
         load_corpus("boolq", "tuning"), checkpoint.tokenizer, samples=1, length=length, seed=0
     )
-    parameters = sum(tensor.numel() for tensor in checkpoint.load(torch.float32).parameters())
+    parameters = sum(tensor.numel() for tensor in checkpoint.tensors().values())
     about = {
         "name": name,
         "label": checkpoint.label,
@@ -126,7 +146,8 @@ def identity(
     """Everything that can change a cell's numbers, tasks aside (those carry keys of their own)."""
     pipeline = cell.pipeline
     samples, length = calibration_shape(grid, pipeline)
-    used = {**calibration.about, "samples": samples, "length": length} if pipeline.needs_calibration else None
+    calibrated = pipeline.calibrates(Bits.parse(cell.bits), grid.quantiser)
+    used = {**calibration.about, "samples": samples, "length": length} if calibrated else None
     return {
         "model": model.about["sha256"],
         "method": method_record(pipeline),
@@ -153,6 +174,7 @@ def method_record(pipeline: Pipeline) -> Record:
         "rounding": pipeline.rounding,
         "preset": pipeline.lead.preset,
         "options": {part.name: dataclasses.asdict(part) for part in pipeline.parts},
+        "plugins": {part.name: environment.plugin_digest(type(part)) for part in pipeline.parts},
         "paper": "; ".join(part.paper for part in pipeline.parts),
     }
 
@@ -225,44 +247,43 @@ class CellRun:
         return what is then on record."""
         previous = store.read_record(self.folder)
         if previous is not None:
-            failed = previous["status"] == "failed" or any(
-                t["status"] != "done" for t in previous["tasks"].values()
-            )
-            if failed and not retry_failed and self._complete(previous):
-                return self._skip(previous)
-            record["tasks"] = {
-                plan.name: previous["tasks"][plan.name]
-                for plan in self.model.tasks
-                if plan.name in previous["tasks"] and self._usable(previous["tasks"][plan.name], plan)
+            asked = {plan.name: plan for plan in self.model.tasks}
+            # What was done for another list of tasks stays; what was done under another key is made anew.
+            kept = {
+                name: task
+                for name, task in previous["tasks"].items()
+                if name not in asked or task["key"] == asked[name].key
             }
-            if len(record["tasks"]) == len(self.model.tasks):
-                return self._skip(previous)
-        with environment.PeakMemory() as memory:
+            if retry_failed:
+                kept = {name: task for name, task in kept.items() if task["status"] == "done"}
+            failed = previous["status"] == "failed" and not retry_failed
+            if failed or asked.keys() <= kept.keys():
+                return self._skip(previous | {"tasks": kept})
+            record["tasks"] = kept
+        with environment.PeakMemory(self.device) as memory:
             try:
                 self._fill(record)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is recorded and the other cells go on
+            except Exception as error:  # noqa: BLE001 - it is recorded and the other cells go on
                 record["status"] = "failed"
                 record["failure"] = failure(self.stage, error)
-        record["measured"] |= {"peak_memory_bytes": memory.bytes, "finished": _now()}
+        record["measured"] |= {**memory.record(), "finished": _now()}
         self._save(record)
         if record["status"] != "done":
             self.progress.say(f"{self.cell}: {record['status']}: {_reasons(record)}")
         return record
 
-    def _usable(self, task: Record, plan: TaskPlan) -> bool:
-        return task["status"] == "done" and task["key"] == plan.key
-
-    def _complete(self, record: Record) -> bool:
-        """Whether a record has an outcome, good or bad, for every task asked for now."""
-        if record["status"] == "failed":
-            return True
-        tasks = record["tasks"]
-        return all(plan.name in tasks and tasks[plan.name]["key"] == plan.key for plan in self.model.tasks)
-
-    def _skip(self, previous: Record) -> Record:
+    def _skip(self, record: Record) -> Record:
         self.progress.begin(f"{self.cell}: done before", units(self.cell, self.grid, self.model))
         self.progress.end()
-        return previous
+        if record["status"] != "failed":
+            record["status"] = self._status(record)
+            self._save(record)
+        return record
+
+    def _status(self, record: Record) -> str:
+        """done where every task asked for is."""
+        tasks = (record["tasks"].get(plan.name, {}) for plan in self.model.tasks)
+        return "done" if all(task.get("status") == "done" for task in tasks) else "partial"
 
     def _fill(self, record: Record) -> None:
         self.stage = "quantise"
@@ -270,7 +291,10 @@ class CellRun:
         quantised = self._quantise()
         self.progress.end()
         record["method"] = {**record["method"], "notes": quantised.notes}
-        record["effective_bits"] = effective_bits(quantised.decoder, quantised.plan)
+        record["effective_bits"] = {
+            **effective_bits(quantised.decoder, quantised.plan),
+            "model": model_bits(quantised.decoder, quantised.plan) / self.model.about["parameters"],
+        }
         record["diagnostics"] = self._diagnostics(quantised)
         record["measured"]["seconds"] |= quantised.seconds
         for plan in self.model.tasks:
@@ -280,22 +304,21 @@ class CellRun:
                 record["tasks"][plan.name] = self._score(quantised, plan)
                 self._save(record)
             self.progress.end()
-        seconds = [task["seconds"] for task in record["tasks"].values() if task["status"] == "done"]
+        seconds = [record["tasks"][plan.name]["seconds"] for plan in self.model.tasks]
         record["measured"]["seconds"]["evaluate"] = sum(seconds)
-        failed = any(task["status"] != "done" for task in record["tasks"].values())
-        record["status"] = "partial" if failed else "done"
+        record["status"] = self._status(record)
 
     def _quantise(self) -> Quantised:
         pipeline = self.cell.pipeline
         tokens = None
-        if pipeline.needs_calibration:
+        if pipeline.calibrates(Bits.parse(self.cell.bits), self.grid.quantiser):
             tokens = self.calibration.tokens(self.model, self.grid, pipeline, self.cell.seed)
         report: Callable[[str, int, int], None] = lambda _, done, total: self.progress.advance(done, total)  # noqa: E731
         return quantise(
             self.model.checkpoint,
             pipeline,
             Bits.parse(self.cell.bits),
-            Context(self.device, self.cell.seed, report),
+            Context(self.device, self.cell.seed, report, assets.home() / "artifacts"),
             settings=self.grid.quantiser,
             calibration=tokens,
             probe=None if pipeline.is_float else self.model.probe,
@@ -337,9 +360,9 @@ class CellRun:
             result = run_task(
                 quantised.decoder, self.model.checkpoint, plan, self.grid, self.progress.advance
             )
+            store.write_rows(self.folder / outcome["samples"], result.rows)
         except Exception as error:  # noqa: BLE001 - recorded; the cell's other tasks go on
             return outcome | {"failure": failure(plan.name, error), "seconds": time.perf_counter() - started}
-        store.write_rows(self.folder / outcome["samples"], result.rows)
         return outcome | {
             "status": "done",
             "metrics": result.metrics,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import platform
 import subprocess
@@ -113,10 +114,20 @@ def _declared_version() -> str | None:
     return str(declared)
 
 
-class PeakMemory:
-    """Highest resident memory of this process while the context is open, in bytes, sampled at 20 Hz."""
+def plugin_digest(cls: type) -> str | None:
+    """Digest of the file that defines a third-party method; None for this project's own, whose code is in
+    `code_digest`."""
+    if cls.__module__.partition(".")[0] in _CODE:
+        return None
+    return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()[:16]
 
-    def __init__(self) -> None:
+
+class PeakMemory:
+    """Highest memory in bytes while the context is open: resident memory of the whole process, sampled at
+    20 Hz, and on a GPU what torch has allocated there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = device if device.type == "cuda" else None
         self._process = psutil.Process(os.getpid())
         self._stop = threading.Event()
         self.bytes = 0
@@ -127,7 +138,16 @@ class PeakMemory:
             if self._stop.wait(0.05):
                 return
 
+    def record(self) -> dict[str, int]:
+        """What goes into a cell's record."""
+        found = {"peak_memory_bytes": self.bytes}
+        if self._gpu is not None:
+            found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(self._gpu)
+        return found
+
     def __enter__(self) -> PeakMemory:
+        if self._gpu is not None:
+            torch.cuda.reset_peak_memory_stats(self._gpu)
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
         return self

@@ -72,19 +72,23 @@ def plan_tasks(grid: GridConfig, checkpoint: Checkpoint) -> list[TaskPlan]:
             text = perplexity.protocol(grid.perplexity_length)
             plans.append(TaskPlan(resolved.name, resolved, tuple(ids), count, text, {"text": resolved.text}))
             continue
-        for name, task in tasks.load(resolved).items():
+        for name, task in _loaded(resolved).items():
             ids = tasks.subset(len(task.eval_docs), limit, grid.subset_seed, name)
-            plans.append(
-                TaskPlan(
-                    name, resolved, tuple(ids), len(task.eval_docs), _protocol(grid), _about(resolved, task)
-                )
-            )
+            protocol = f"lm-eval, {_shots(task)}-shot, max_length {grid.max_length}, no chat template"
+            about = _about(resolved, task)
+            plans.append(TaskPlan(name, resolved, tuple(ids), len(task.eval_docs), protocol, about))
     return plans
 
 
-def _protocol(grid: GridConfig) -> str:
-    shots = "task default" if grid.num_fewshot is None else str(grid.num_fewshot)
-    return f"lm-eval, few-shot examples: {shots}, max_length {grid.max_length}, no chat template"
+def _shots(task: Any) -> int:
+    """Worked examples before each question, as the task itself sets them."""
+    return int(task.get_config("num_fewshot") or 0)
+
+
+@cache
+def _loaded(resolved: tasks.ResolvedTask) -> dict[str, Any]:
+    """lm-eval's task objects, read once: a group of many tasks would be read anew for each of them."""
+    return dict(tasks.load(resolved))
 
 
 def _about(resolved: tasks.ResolvedTask, task: Any) -> dict[str, Any]:
@@ -152,9 +156,8 @@ def _run_lm_eval(
         progress=progress,
     )
     # As simple_evaluate does it, which would also describe the machine, for seconds, at every call.
-    task = tasks.load(plan.resolved)[plan.name]
-    if task.get_config("num_fewshot") != 0:
-        task.set_config(key="num_fewshot", value=grid.num_fewshot or task.get_config("num_fewshot") or 0)
+    task = _loaded(plan.resolved)[plan.name]
+    task.set_config(key="num_fewshot", value=_shots(task))
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
     output = evaluate(
         lm=lm,
@@ -164,11 +167,20 @@ def _run_lm_eval(
         log_samples=True,
     )
     metrics = _metrics(output["results"][plan.name], output["higher_is_better"].get(plan.name, {}))
-    rows = [_row(sample, metrics) for sample in output["samples"][plan.name]]
-    bad = [row["doc_id"] for row in rows if not all(map(math.isfinite, row.get("choices", [])))]
-    if bad:
-        raise UserError(f"{plan.name}: log-likelihoods of documents {bad[:5]} are not finite")
-    return TaskResult(metrics, {"n_shot": output["n-shot"].get(plan.name)}, sorted(rows, key=_sample_order))
+    rows = _rows(output["samples"][plan.name], metrics)
+    bad = [row["doc_id"] for row in rows if not _is_finite(row["metrics"]) or not _is_finite(row)]
+    if bad or not _is_finite(metrics):
+        raise UserError(f"{plan.name}: the scores of documents {bad[:5]} are not finite")
+    return TaskResult(metrics, {"n_shot": _shots(task)}, rows)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no number in a nested value is NaN or infinite."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    return all(map(_is_finite, value)) if isinstance(value, list) else True
 
 
 def _metrics(results: dict[str, Any], higher: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -183,19 +195,30 @@ def _metrics(results: dict[str, Any], higher: dict[str, Any]) -> dict[str, dict[
         label = name if filter_name == "none" or name not in metrics else f"{name} ({filter_name})"
         metrics[label] = {
             "value": float(value),
-            "stderr": float(error) if isinstance(error, int | float) else None,
+            "stderr": float(error) if isinstance(error, int | float) and math.isfinite(error) else None,
             "higher_is_better": higher.get(name),
         }
     return metrics
 
 
-def _row(sample: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+def _rows(samples: list[dict[str, Any]], metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a document; what a second filter scored stands beside the first under its own label."""
+    rows: dict[int, dict[str, Any]] = {}
+    for sample in samples:
+        row = rows.setdefault(sample["doc_id"], _row(sample))
+        for name in sample["metrics"]:
+            label = name if name not in row["metrics"] else f"{name} ({sample['filter']})"
+            if label in metrics:
+                row["metrics"][label] = _plain(sample[name])
+    return [rows[doc_id] for doc_id in sorted(rows)]
+
+
+def _row(sample: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "doc_id": sample["doc_id"],
         "doc_hash": sample["doc_hash"],
         "prompt_hash": sample["prompt_hash"],
-        "filter": sample["filter"],
-        "metrics": {name: _plain(sample[name]) for name in metrics if name in sample},
+        "metrics": {},
         "gold": _plain(sample["target"]),
     }
     responses = [response[0] for response in sample["resps"]]
@@ -213,7 +236,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value.item() if hasattr(value, "item") else str(value)
-
-
-def _sample_order(row: dict[str, Any]) -> tuple[int, str]:
-    return row["doc_id"], row["filter"]

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import os
 import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from methods.distribution import refuse_foreign_kernels
 from methods.errors import UserError
 
-QUICK = Path(__file__).resolve().parent.parent / "grids" / "quick.yaml"
+if TYPE_CHECKING:
+    from harness.config import GridConfig
+
+_HERE = Path(__file__).resolve().parent
+
+
+def quick_grid() -> Path:
+    """The shipped quick grid: beside the packages in a checkout, inside this one where it is installed."""
+    beside = _HERE.parent / "grids" / "quick.yaml"
+    return beside if beside.is_file() else _HERE / "grids" / "quick.yaml"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--dtype", help="float32, float64, bfloat16 or float16")
     result.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     result.add_argument(
-        "--out", type=Path, metavar="DIR", help="where results go (default: results/<grid name>)"
+        "--out", type=Path, metavar="DIR", help="where results go (default: results/<grid name>[-<digest>])"
     )
     result.add_argument(
         "--retry-failed", action="store_true", help="run cells again whose record says failed"
@@ -73,10 +83,19 @@ def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
+def run_name(grid: GridConfig, overridden: bool) -> str:
+    """Folder of a run under results/: the grid's name, and a digest where the command line changed the grid,
+    so that a trial never replaces the report of the grid file itself."""
+    if not overridden:
+        return grid.name
+    return f"{grid.name}-{hashlib.sha256(grid.model_dump_json().encode()).hexdigest()[:8]}"
+
+
 def run(arguments: argparse.Namespace, command: str) -> int:
     from harness.config import cells_of, load_grid, needs_hub
 
-    grid = load_grid(arguments.grid or QUICK, overrides(arguments))
+    given = overrides(arguments)
+    grid = load_grid(arguments.grid or quick_grid(), given)
     if not needs_hub(grid):
         # Read when the hub's client is imported, which happens below.
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -88,7 +107,7 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     from harness import report
     from harness.engine import run_grid
 
-    out = arguments.out or Path("results") / grid.name
+    out = arguments.out or Path("results") / run_name(grid, bool(given))
     records = run_grid(grid, out, command=command, retry_failed=arguments.retry_failed, quiet=arguments.quiet)
     print(report.headline(records))
     print(f"report: {report.write_report(out)}")

@@ -111,7 +111,10 @@ class Column:
         metric = entry.get("metrics", {}).get(self.metric)
         if metric is None or entry.get("status", "done") == "failed":
             return None
-        return Estimate(number(metric.get("value")), number(metric.get("stderr")))
+        value, stderr = number(metric.get("value")), number(metric.get("stderr"))
+        if self.kind == "accuracy" and value in (0.0, 1.0) and entry.get("n"):
+            stderr = stats.at_boundary(value, entry["n"])
+        return Estimate(value, stderr)
 
     def paired(self, reference: Cell, cell: Cell) -> stats.Paired:
         """Difference to the reference over the same samples; ValueError where they do not pair."""
@@ -162,9 +165,12 @@ def read_run(run: Path) -> Run:
         raise UserError(f"run folder {run}: there is no such folder; give one that the grid wrote")
     present = sorted(path.parent.name for path in run.glob(f"*/{store.RECORD}"))
     named, manifest = present, run / store.MANIFEST
+    tasks: list[str] | None = None
     if manifest.is_file():
         try:
-            named = [str(cell) for cell in json.loads(manifest.read_text(encoding="utf-8"))["cells"]]
+            content = json.loads(manifest.read_text(encoding="utf-8"))
+            named = [str(cell) for cell in content["cells"]]
+            tasks = content.get("tasks")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{manifest} is damaged: run the grid again to re-make it") from error
     if not named:
@@ -178,7 +184,10 @@ def read_run(run: Path) -> Run:
             missing.append((name, "not started: the run was stopped before it"))
             continue
         try:
-            cell = Cell(json.loads(path.read_text(encoding="utf-8")), path.parent)
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if tasks is not None:  # a cell may have been scored on others by another command
+                record["tasks"] = {name: task for name, task in record["tasks"].items() if name in tasks}
+            cell = Cell(record, path.parent)
             if cell.record["schema"] != SCHEMA:
                 raise ValueError(f"schema {cell.record['schema']}, this version reads {SCHEMA}")
             # What every section relies on; the rest of a record may be absent.
@@ -294,11 +303,13 @@ def _reading_order(row: Row) -> tuple[float, ...]:
 
 
 def _score(row: Row, columns: Sequence[Column]) -> tuple[float] | None:
-    """What rows are ranked by, lower first: the first column's mean over seeds. None without a number."""
+    """What rows are ranked by, lower first: the first column's mean over seeds. None without a number or
+    where it is not on record which direction is better."""
     for column in columns[:1]:
+        higher = row.first.task(column.task).get("metrics", {}).get(column.metric, {}).get("higher_is_better")
         found = [estimate for cell in row.cells if (estimate := column.estimate(cell))]
-        if found:
-            value = stats.over_seeds(found).value * (1 if column.kind == "perplexity" else -1)
+        if found and higher is not None:
+            value = stats.over_seeds(found).value * (-1 if higher else 1)
             return (math.inf if math.isnan(value) else value,)
     return None
 

@@ -51,15 +51,18 @@ from harness.tables import (
     upstream_text,
     value_text,
 )
+from methods.distribution import refuse_foreign_kernels
 from methods.errors import UserError
 
 SITES = ("attention", "mlp")
 GUIDE = """\
 Each row is one method at one bit-width: `w4a4kv4` means 4 bits for weights, activations (the inputs of \
-linears) and KV cache; what is not named has 16 bits and is not quantised. Perplexity is better when lower, \
-accuracy when higher. `±` is one standard error: how far the number would move with other documents. All \
-rows answer the same documents, so compare methods by the *difference to float* table, which is paired \
-document by document, and not by whether two `±` overlap."""
+linears) and KV cache; what is not named is not quantised. Effective bits count scales and zero-points: per \
+weight of the quantised linears, per activation, per KV entry, and per parameter of the whole model, whose \
+embedding and lm_head stay at 16 bits. Perplexity is better when lower, accuracy when higher. `±` is one \
+standard error: how far the number would move with other documents. All rows answer the same documents, so \
+compare methods by the *difference to float* table, which is paired document by document, and not by whether \
+two `±` overlap."""
 MARKS = """\
 Method minus float: a positive Δ log-perplexity and a negative Δ accuracy are losses (a Δ log-perplexity of \
 0.01 is 1 % of perplexity). `±` is the standard error of the paired difference. `*` marks |Δ|/SE beyond the \
@@ -71,25 +74,28 @@ Several seeds: the mean over seeds (of perplexity the geometric mean). `±` join
 does not shrink with seeds because they share their documents, and the error of the mean over seeds."""
 
 
-def write_report(run_folder: Path) -> Path:
-    """Write <run>/report.md and its figures from the records of a run; returns the report's path.
+def write_report(run_folder: Path, out: Path | None = None) -> Path:
+    """Write report.md and its figures from the records of a run into `out` (None: the run's own folder);
+    returns the report's path.
 
     Raises UserError when there is nothing to report.
     """
     folder = Path(run_folder)
     run = read_run(folder)
     models = models_of(run.cells)
+    out = folder if out is None else out
+    out.mkdir(parents=True, exist_ok=True)
     text = [f"# quantgrid: {folder.resolve().name}", GUIDE]
     for place, model in enumerate(models):
         twin = any(other.slug == model.slug for other in models[:place])
         stem = f"{model.slug}-{place + 1}" if twin else model.slug
-        text += _model_section(model, folder / "figures", stem)
+        text += _model_section(model, out / "figures", stem)
     text += _tasks_section(run.cells, models)
     text += _settings_section(run)
     text += _notes_section(models)
     text += _failures_section(run)
     text += _cost_section(models)
-    path = folder / "report.md"
+    path = out / "report.md"
     path.write_text("\n\n".join(text) + "\n", encoding="utf-8")
     return path
 
@@ -119,7 +125,7 @@ def _model_section(model: Model, figures: Path, stem: str) -> list[str]:
     record = model.record
     head = ["bits", "method", *(["seeds"] if model.several_seeds else []), *(["rank"] if model.ranks else [])]
     head += [column.title + " (%)" * (column.kind == "accuracy") for column in model.columns]
-    head += [*(["mean accuracy (%)"] if model.accuracies else []), "effective bits w / a / kv"]
+    head += [*(["mean accuracy (%)"] if model.accuracies else []), "effective bits w / a / kv / model"]
     lines, flags = [], set()
     for row in model.rows:
         out, weights = unranked(record, row), weights_only(record, row)
@@ -382,8 +388,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m harness.report", description="Write the report of a run."
     )
     parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="a folder that the grid wrote")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the report goes (default: RUN_FOLDER)")
+    arguments = parser.parse_args(argv)
     try:
-        print(write_report(parser.parse_args(argv).run_folder))
+        refuse_foreign_kernels()
+        print(write_report(arguments.run_folder, arguments.out))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

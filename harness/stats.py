@@ -71,6 +71,13 @@ def mean(values: Sequence[float]) -> Estimate:
     return Estimate(float(data.mean()), stderr, data.size - 1)
 
 
+def at_boundary(value: float, n: int) -> float:
+    """Standard error of an accuracy of exactly 0 or 1 over n documents, where s/sqrt(n) would claim
+    certainty: that of the share with two successes and two failures added (Agresti and Coull 1998)."""
+    share = (value * n + 2) / (n + 4)
+    return math.sqrt(share * (1 - share) / (n + 4))
+
+
 def mcnemar_exact(lost: int, gained: int) -> float:
     """McNemar's exact two-sided p-value: under no difference a flip goes either way with probability 1/2
     (McNemar 1947, in its binomial form)."""

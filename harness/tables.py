@@ -31,7 +31,10 @@ def flag_note(model: Record, flag: str) -> str:
         return (
             f"† Weight-only: {already}. Conclude nothing from it about weight-only methods on other models."
         )
-    return f"‡ Not ranked: {already}, so input-axis groups of {LATTICE_GROUP} and less can come close to them whatever the method."
+    return (
+        f"‡ Not ranked: {already}, so input-axis groups of {LATTICE_GROUP} and less can come close to them "
+        "whatever the method."
+    )
 
 
 def upstream_text(entry: Record) -> str:
@@ -138,7 +141,7 @@ def _with_error(shown: str, stderr: float, decimals: int, tail: str = "") -> str
 
 def effective_bits(cell: Cell) -> str:
     bits = cell.record.get("effective_bits") or {}
-    found = [bits.get(name) for name in ("weight", "activation", "kv")]
+    found = [bits.get(name) for name in ("weight", "activation", "kv", "model")]
     return " / ".join("–" if value is None else f"{round(value, 2):g}" for value in found) if bits else "–"
 
 

@@ -32,6 +32,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from methods.distribution import refuse_foreign_kernels
 from methods.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -285,9 +286,10 @@ def main() -> int:
     """Fetch everything and list it: `python -m methods.assets`."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
+        refuse_foreign_kernels()
         paths = fetch_all()
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(home())
     for path in paths:

@@ -126,8 +126,7 @@ def token_windows(
     """
     if samples < 1 or length < 1:
         raise UserError(f"samples and length must be at least 1, got samples={samples} and length={length}")
-    joined = "\n\n".join(corpus.texts)
-    tokens = torch.tensor(tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"])
+    tokens = _tokens(corpus, tokenizer)
     starts = tokens.numel() - length + 1
     if starts < samples:
         raise UserError(
@@ -136,6 +135,12 @@ def token_windows(
         )
     chosen = torch.randperm(starts, generator=torch.Generator().manual_seed(seed))[:samples]
     return tokens.unfold(0, length, 1)[chosen].contiguous()
+
+
+@lru_cache(maxsize=4)  # a million tokens, drawn from anew by every cell of a grid
+def _tokens(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    joined = "\n\n".join(corpus.texts)
+    return torch.tensor(tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def overlap(a: Corpus, b: Corpus, n: int = NGRAM) -> int:

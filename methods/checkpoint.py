@@ -28,11 +28,12 @@ from methods.rope import RopeScaling
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 FAMILIES = {
-    "llama": "Llama 1/2/3.x, SmolLM2 and OSP",
+    "llama": "Llama 1/2/3.x and SmolLM2",
     "mistral": "Mistral",
     "qwen2": "Qwen2/2.5",
     "qwen3": "Qwen3",
 }
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 _WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.txt")
 
 
@@ -289,9 +290,10 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
 
 
 def _sha256(folder: Path, files: list[Path]) -> str:
-    """Digest of a folder's configuration and weight files, in name order."""
+    """Digest of a folder's configuration, weight files and tokenizer: all that makes its numbers."""
     digest = hashlib.sha256()
-    for file in [folder / "config.json", *files]:
+    tokenizer = [folder / name for name in _TOKENIZER if (folder / name).is_file()]
+    for file in [folder / "config.json", *files, *tokenizer]:
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -15,7 +15,7 @@ the leading `model.`), so that checkpoints map one to one. The seams at which me
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,10 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with RoPE; query heads of one group are consecutive."""
+    """Causal grouped-query attention with RoPE; query heads of one group are consecutive.
+
+    `kv_observer`, where set, is shown every unquantised key and value, each [B, kv_heads, T, head_dim].
+    """
 
     k_scale: Tensor | None
     k_zero: Tensor | None
@@ -119,6 +122,7 @@ class Attention(nn.Module):
         self.rotation: OnlineHadamard | None = None
         self.output_transform: OnlineHadamard | None = None
         self.kv: KVSpec | None = None
+        self.kv_observer: Callable[[Tensor, Tensor], None] | None = None
         for name in ("k_scale", "k_zero", "v_scale", "v_zero"):
             self.register_buffer(name, None)
 
@@ -151,6 +155,8 @@ class Attention(nn.Module):
         query, key = rope.rotate(query, *angles), rope.rotate(key, *angles)
         if self.rotation is not None:
             query, key = self.rotation(query), self.rotation(key)
+        if self.kv_observer is not None:
+            self.kv_observer(key, value)
         key = self.quantise_kv(key, self.k_scale, self.k_zero)
         value = self.quantise_kv(value, self.v_scale, self.v_zero)
         if cache is not None:
@@ -301,6 +307,9 @@ class Decoder(nn.Module):
             yield index, block
             if device != home:
                 block.to(home)
+                for _, linear in block.linears():
+                    if linear.quantised is not None:
+                        linear.quantised = linear.quantised.to(home)
 
     def embed(self, ids: Tensor) -> State:
         """ids [B, T] to the state that enters the first block."""

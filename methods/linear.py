@@ -32,6 +32,10 @@ class QuantisedWeight:
     zero: Tensor | None
     spec: LinearSpec
 
+    def to(self, device: torch.device) -> QuantisedWeight:
+        zero = None if self.zero is None else self.zero.to(device)
+        return QuantisedWeight(self.codes.to(device), self.scale.to(device), zero, self.spec)
+
     def dequantise(self) -> Tensor:
         """The weight these codes stand for, [out, in - keep], in the dtype of `scale`."""
         scale, zero = (self._spread(part) for part in (self.scale, self.zero))

@@ -1,13 +1,14 @@
 """What a method is: a frozen dataclass of options that supplies any of four stages.
 
-learn → transform → plan → (ranges) run in this order; rounding is a separate, named stage after them.
-What a method leaves out has the default given here.
+learn → transform → plan → (ranges) run in this order; rounding is a separate, named stage between plan and
+ranges. What a method leaves out has the default given here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +23,7 @@ ROUNDINGS = ("rtn", "gptq")
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a method has learned: tensors and JSON-able facts about how."""
+    """What a method has learned: tensors and JSON-able facts about how (keys of objects are text)."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
@@ -30,11 +31,15 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Context:
-    """Where and how a stage runs. `progress(stage, done, total)` may be called as work advances."""
+    """Where and how a stage runs. `progress(stage, done, total)` may be called as work advances.
+
+    `cache`: the folder in which learned artifacts are kept and shared (None: they are not kept).
+    """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
     progress: Callable[[str, int, int], None] | None = None
+    cache: Path | None = None
 
     def report(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:
@@ -47,6 +52,12 @@ class Plan:
 
     linears: dict[str, LinearSpec]
     kv: KVSpec | None
+
+    @property
+    def static(self) -> bool:
+        """Whether any linear's input or the KV cache has a static range."""
+        activations = (spec.activation for spec in self.linears.values())
+        return any(spec is not None and spec.static for spec in (*activations, self.kv))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +96,11 @@ class Method:
             raise UserError(f"{self.name}: damp {self.damp}: give a share between 0 and 1")
 
     def learn(self, model: Decoder, calibration: Tensor | None, ctx: Context) -> Artifact:
-        """Learn from the float model and calibration tokens [samples, length]; must not change the model."""
+        """Learn from the float model and calibration tokens [samples, length]; must not change the model.
+
+        calibration: None unless `needs` names it. The artifact may be stored and shared: it may depend on
+        nothing but the model, the options, the calibration tokens and, where `random`, `ctx.seed`.
+        """
         return Artifact()
 
     def transform(self, model: Decoder, artifact: Artifact) -> Decoder:
@@ -98,6 +113,16 @@ class Method:
     ) -> Plan:
         """Bits, group, symmetry and kept columns of each linear; `base` is the plan so far."""
         return base
+
+    def ranges(self, model: Decoder, plan: Plan, calibration: Tensor, ctx: Context) -> Artifact:
+        """Static ranges of the transformed and rounded model: for each linear with a static activation
+        `<linear>.input_scale` and `.input_zero`, for a static KV cache `layers.N.self_attn.k_scale`,
+        `k_zero`, `v_scale` and `v_zero`, scalars each, no zero where symmetric. By default the smallest
+        and largest value on the calibration tokens; called only where the plan has something static.
+        """
+        from methods.ranges import min_max_ranges
+
+        return min_max_ranges(model, plan, calibration, ctx)
 
     def notes(self, model: Decoder) -> list[str]:
         """Departures from the paper on this model that a reader of the result must know."""

@@ -1,4 +1,4 @@
-"""From a checkpoint to a quantised decoder: learn, transform, plan, round, set the quantisers.
+"""From a checkpoint to a quantised decoder: learn, transform, plan, round, find ranges, set the quantisers.
 
 `a+b` composes methods: their transforms run in order, then their plans, then one rounding.
 """
@@ -12,12 +12,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from methods import artifacts
 from methods.bits import Bits, LinearSpec, QuantiserSettings
 from methods.checkpoint import Checkpoint
 from methods.decoder import Block, Decoder
 from methods.errors import UserError
 from methods.kurtosis import SiteKurtosis, block_input_kurtosis
 from methods.method import Artifact, Context, Method, Plan, default_plan
+from methods.ranges import set_ranges
 from methods.rounding import RoundingError, round_weights
 
 
@@ -61,12 +63,27 @@ class Pipeline:
 
     @property
     def needs_calibration(self) -> bool:
+        """Whether learning or rounding reads calibration tokens; `calibrates` counts static ranges too."""
         return self.rounding == "gptq" or any("calibration" in part.needs for part in self.parts)
 
     @property
     def uses_seed(self) -> bool:
-        """Whether another seed gives another model."""
+        """Whether another seed gives another model, static ranges aside (`seeded` counts them)."""
         return self.needs_calibration or any(part.random for part in self.parts)
+
+    def calibrates(self, bits: Bits, settings: QuantiserSettings) -> bool:
+        """Whether any stage reads calibration tokens at these bits and settings."""
+        return self.needs_calibration or settings.static(bits)
+
+    def seeded(self, bits: Bits, settings: QuantiserSettings) -> bool:
+        """Whether another seed gives another model at these bits and settings."""
+        return self.uses_seed or settings.static(bits)
+
+    @property
+    def ranger(self) -> Method:
+        """The part that finds static ranges: the last with a way of its own, else any."""
+        own = [part for part in self.parts if type(part).ranges is not Method.ranges]
+        return own[-1] if own else self.lead
 
 
 @dataclass
@@ -102,6 +119,8 @@ def quantise(
         )
     if pipeline.needs_calibration and calibration is None:
         raise UserError(f"{pipeline.spec} needs calibration tokens")
+    if settings.static(bits) and calibration is None:
+        raise UserError(f"{pipeline.spec} at {bits}: static ranges need calibration tokens")
     seconds: dict[str, float] = {}
     started = time.perf_counter()
 
@@ -113,20 +132,21 @@ def quantise(
 
     model = checkpoint.load(dtype)
     lap("load")
-    artifacts: list[Artifact] = []
+    learned: list[Artifact] = []
     notes: list[str] = []
     for part in pipeline.parts:
-        with torch.enable_grad():
-            artifacts.append(part.learn(model, calibration, ctx))
+        learned.append(_learn(checkpoint, pipeline.parts[: len(learned) + 1], model, calibration, ctx))
         lap("learn")
         notes += part.notes(model)
-        model = part.transform(model, artifacts[-1])
+        model = part.transform(model, learned[-1])
         lap("transform")
     kurtosis = [] if probe is None else block_input_kurtosis(model, probe, ctx.device)
     lap("probe")
     plan = default_plan(model, bits, settings)
-    for part, artifact in zip(pipeline.parts, artifacts, strict=True):
+    for part, artifact in zip(pipeline.parts, learned, strict=True):
         plan = part.plan(model, bits, settings, artifact, plan)
+    if plan.static and calibration is None:
+        raise UserError(f"{pipeline.spec} plans static ranges and needs calibration tokens for them")
     errors: list[RoundingError] = []
     if bits.quantises_weights:
         lead = pipeline.lead
@@ -140,8 +160,40 @@ def quantise(
             act_order=lead.act_order,
         )
     lap("round")
+    ranges = Artifact()
+    if plan.static and calibration is not None:
+        ranges = pipeline.ranger.ranges(model, plan, calibration, ctx)
+        lap("ranges")
+    model = model.to(ctx.device)
+    set_ranges(model, ranges.tensors)
     set_quantisers(model, plan)
-    return Quantised(model.to(ctx.device), plan, notes, errors, kurtosis, seconds)
+    return Quantised(model, plan, notes, errors, kurtosis, seconds)
+
+
+def _learn(
+    checkpoint: Checkpoint,
+    parts: tuple[Method, ...],
+    model: Decoder,
+    calibration: Tensor | None,
+    ctx: Context,
+) -> Artifact:
+    """What the last of `parts` learns from the model that those before it have transformed."""
+    method = parts[-1]
+    # A method sees the tokens only if it says so: what it stores is named by what it says it needs.
+    tokens = calibration if "calibration" in method.needs else None
+
+    def learner() -> Artifact:
+        with torch.enable_grad():
+            return method.learn(model, tokens, ctx)
+
+    return artifacts.learn(
+        parts,
+        learner,
+        ctx,
+        model_sha256=checkpoint.sha256,
+        dtype=model.dtype,
+        calibration=calibration,
+    )
 
 
 def set_quantisers(model: Decoder, plan: Plan) -> None:
@@ -183,6 +235,19 @@ def effective_bits(model: Decoder, plan: Plan) -> dict[str, float]:
         per_head = 0 if plan.kv.static else 16 * (1 if plan.kv.symmetric else 2)
         kv = plan.kv.bits + per_head / model.config.head_dim
     return {"weight": weight_bits / weights, "activation": activation_bits / inputs, "kv": kv}
+
+
+def model_bits(model: Decoder, plan: Plan) -> float:
+    """Bits of all weights: quantised linears with their scales, everything else at 16 bits, the head's own
+    copy of a tied embedding included where a transform has untied it."""
+    linears = dict(model.linears())
+    planned = sum(
+        _weight_bits(linear.weight, plan.linears.get(name, LinearSpec(bits=16)))
+        for name, linear in linears.items()
+    )
+    counted = {id(linear.weight) for linear in linears.values()}
+    rest = sum(tensor.numel() for tensor in model.parameters() if id(tensor) not in counted)
+    return planned + 16.0 * rest
 
 
 def _weight_bits(weight: Tensor, spec: LinearSpec) -> float:

@@ -49,7 +49,10 @@ class QuaRot(Method):
         return rotate(model, rotations)
 
     def notes(self, model: Decoder) -> list[str]:
-        return hadamard_notes(model, self.online)
+        omitted = (
+            "the embedding's mean is not subtracted, as the published code does: it changes the function"
+        )
+        return [omitted, *hadamard_notes(model, self.online)]
 
 
 def online_hadamards(model: Decoder) -> dict[str, OnlineHadamard | None]:

@@ -72,11 +72,16 @@ def parse_method(text: str) -> Pipeline:
     from methods.pipeline import Pipeline
 
     # A plus sign joins methods only before a name, so that a value may be written 1e+3.
-    parts = tuple(_parse_part(part.strip(), text) for part in re.split(r"\+(?=\s*[A-Za-z_])", text))
-    return Pipeline(text.strip(), parts)
+    parsed = [_parse_part(part.strip(), text) for part in re.split(r"\+(?=\s*[A-Za-z_])", text)]
+    # There is one rounding: what the user wrote on any part holds against the defaults of the others.
+    written = {values["rounding"] for _, values in parsed if "rounding" in values}
+    if len(written) > 1:
+        raise UserError(f"method {text!r}: more than one rounding: {', '.join(sorted(written))}")
+    shared = {"rounding": written.pop()} if written else {}
+    return Pipeline(text.strip(), tuple(cls(**{**values, **shared}) for cls, values in parsed))
 
 
-def _parse_part(part: str, whole: str) -> Method:
+def _parse_part(part: str, whole: str) -> tuple[type[Method], dict[str, Any]]:
     name, _, options = part.partition(":")
     name = name.strip()
     if not name:
@@ -94,7 +99,7 @@ def _parse_part(part: str, whole: str) -> Method:
         if key in values:
             raise UserError(f"method {whole!r}: option {key} is given twice")
         values[key] = _convert(f"{name}:{key}", value, kinds[key])
-    return cls(**values)
+    return cls, values
 
 
 def _convert(option: str, text: str, kind: Any) -> Any:

@@ -8,6 +8,7 @@ import pytest
 
 from harness.config import cells_of, load_grid, needs_hub
 from methods.errors import UserError
+from methods.registry import method_classes, parse_method
 
 GRID = {"methods": ["float", "rtn", "quarot"], "tasks": ["piqa_local"]}
 
@@ -47,7 +48,10 @@ def test_a_file_and_what_overrides_it(tmp_path: Path) -> None:
 
 
 def test_limits_of_single_tasks() -> None:
-    grid = load_grid(None, {**GRID, "limit": 7, "limits": {"perplexity_news": 2}})
+    grid = load_grid(
+        None,
+        {**GRID, "tasks": ["piqa_local", "perplexity_news"], "limit": 7, "limits": {"perplexity_news": 2}},
+    )
     assert (grid.limit_of("piqa_local"), grid.limit_of("perplexity_news")) == (7, 2)
 
 
@@ -75,6 +79,7 @@ def test_the_default_path_needs_no_hub(changes: dict[str, object], hub: bool) ->
         ({"bits": ["w1a4"]}, "weight bits 1"),
         ({"limit": 0}, "limit"),
         ({"limits": {"piqa_local": 0}}, "limit of piqa_local"),
+        ({"limits": {"piqa_locl": 3}}, "piqa_locl"),
         ({"seeds": 0}, "seeds"),
         ({"dtype": "int3"}, "dtype"),
         ({"quantiser": {"kv_clip": 2}}, "kv_clip"),
@@ -88,6 +93,14 @@ def test_mistakes_name_themselves(changes: dict[str, object], words: str) -> Non
         load_grid(None, {**GRID, **changes})
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_rounding_written_anywhere_holds_for_all_parts() -> None:
+    assert parse_method("quarot:rounding=rtn").rounding == "rtn"
+    assert parse_method("quarot+rtn").rounding == "gptq"
+    assert parse_method("quarot+rtn:rounding=rtn").rounding == "rtn"
+    with pytest.raises(UserError, match="more than one rounding"):
+        parse_method("quarot:rounding=gptq+rtn:rounding=rtn")
 
 
 def test_a_grid_without_cells_is_refused() -> None:
@@ -112,8 +125,6 @@ def test_shipped_grids_load(root: Path, name: str) -> None:
 
 
 def test_every_registered_method_has_a_w4a4kv4_row_in_the_quick_grid(root: Path) -> None:
-    from methods.registry import _BUILT_IN
-
     grid = load_grid(root / "grids" / "quick.yaml", {})
     rows = {cell.pipeline.name for cell in cells_of(grid) if cell.bits == "w4a4kv4"}
-    assert set(_BUILT_IN) - {"float"} <= rows
+    assert set(method_classes()) - {"float"} <= rows

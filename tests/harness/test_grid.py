@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from harness import engine, grid
+from harness.config import load_grid
+from methods.decoder import Decoder, State
 from tests import families
 from tests.harness.tokenizers import VOCABULARY, byte_tokenizer
 
@@ -182,17 +184,59 @@ def test_a_task_that_breaks_is_recorded_and_retried_on_request(
     assert run(settings, out, "--methods", "rtn", "--retry-failed") == 0
 
 
-def test_infinite_log_likelihoods_are_failures(
-    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["logits", "embed"])
+def test_numbers_that_are_not_finite_are_failures(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    from methods.decoder import Decoder
-
+    """Planted in the logits or in the residual stream, where the diagnostics see it, too."""
     out = tmp_path / "out"
-    whole = Decoder.logits
-    monkeypatch.setattr(Decoder, "logits", lambda self, state: whole(self, state) * float("nan"))
-    assert run(settings, out, "--methods", "rtn", "--tasks", "perplexity_wikipedia", "piqa_local") == 1
-    for task in records(out)["rtn w4a4kv4 0"]["tasks"].values():
-        assert "not finite" in task["failure"]["message"]
+    whole = getattr(Decoder, where)
+
+    def broken(self: Decoder, *arguments: Any) -> Any:
+        result = whole(self, *arguments)
+        return State(result.stream * float("nan")) if isinstance(result, State) else result * float("nan")
+
+    monkeypatch.setattr(Decoder, where, broken)
+    assert (
+        run(settings, out, "--methods", "rtn", "float", "--tasks", "perplexity_wikipedia", "piqa_local") == 1
+    )
+    found = records(out)
+    assert set(found) == {"float w16a16 0", "rtn w4a4kv4 0"}
+    for record in found.values():
+        for task in record["tasks"].values():
+            assert "not finite" in task["failure"]["message"]
+    assert (out / "report.md").is_file()
+
+
+def test_other_tasks_of_a_cell_stay_when_the_list_changes(settings: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(settings, out, "--methods", "rtn", "--tasks", "piqa_local", "perplexity_wikipedia") == 0
+    before = records(out)["rtn w4a4kv4 0"]
+    assert run(settings, out, "--methods", "rtn", "--tasks", "piqa_local", "asdiv_local") == 0
+    after = records(out)["rtn w4a4kv4 0"]
+    assert set(after["tasks"]) == {"piqa_local", "perplexity_wikipedia", "asdiv_local"}
+    assert after["tasks"]["perplexity_wikipedia"] == before["tasks"]["perplexity_wikipedia"]
+    report = (out / "report.md").read_text()
+    assert "asdiv_local" in report
+    assert "perplexity wikipedia" not in report
+
+
+def test_a_methods_own_calibration_size_holds_against_the_grids(settings: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    methods = ("gptq", "gptq:samples=2;length=16", "gptq:preset=paper;samples=3;length=24")
+    assert run(settings, out, "--tasks", "piqa_local", "--methods", *methods) == 0
+    shapes = {
+        record["method"]["spec"]: (record["calibration"]["samples"], record["calibration"]["length"])
+        for record in (json.loads(path.read_text()) for path in out.glob("*/cell.json"))
+    }
+    assert shapes == dict(zip(methods, [(4, 32), (2, 16), (3, 24)], strict=True))
+
+
+def test_a_trial_does_not_replace_the_grids_own_run(settings: Path) -> None:
+    plain = load_grid(settings, {})
+    trial = load_grid(settings, {"limit": 5})
+    assert grid.run_name(plain, False) == "grid"
+    assert grid.run_name(trial, True) not in ("grid", grid.run_name(plain, True))
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def write_cell(
         "execution": "simulate",
         "quantiser": {"activation_clip": None, "kv_clip": None, "weight_search": True},
         "calibration": {"name": "boolq", "samples": 32, "length": 512, "sha256": "cd" * 32},
-        "effective_bits": {"weight": 4.03, "activation": 4.0, "kv": 4.25},
+        "effective_bits": {"weight": 4.03, "activation": 4.0, "kv": 4.25, "model": 8.1},
         "tasks": tasks,
         "diagnostics": {"kurtosis": kurtosis},
         "measured": {
@@ -226,7 +226,7 @@ def test_values_are_the_records(run: Path) -> None:
             [record["tasks"][t]["metrics"]["acc"]["value"] for t in record["tasks"] if "local" in t]
         )
         assert float(line["mean accuracy (%)"].split(" ± ")[0]) == pytest.approx(100 * mean, abs=0.05)
-        assert line["effective bits w / a / kv"] == "4.03 / 4 / 4.25"
+        assert line["effective bits w / a / kv / model"] == "4.03 / 4 / 4.25 / 8.1"
 
 
 def test_ranks_order_by_perplexity(run: Path) -> None:

