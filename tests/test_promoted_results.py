@@ -1,0 +1,50 @@
+"""The runs that the project vouches for still say what the README says of them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from harness import stats
+from harness.records import Cell, read_run
+from harness.report import write_report
+
+TASK = "perplexity_wikipedia"
+
+
+@pytest.fixture(scope="module")
+def cells(root: Path) -> dict[tuple[str, str, int], Cell]:
+    run = read_run(root / "results" / "reference" / "seeds")
+    assert not run.missing
+    return {(cell.record["method"]["name"], str(cell.bits), cell.seed): cell for cell in run.cells}
+
+
+def difference(
+    cells: dict[tuple[str, str, int], Cell], low: tuple[str, str, int], high: tuple[str, str, int]
+) -> float:
+    """Paired log-perplexity of `high` minus `low`, in standard errors."""
+    found = stats.paired_log_perplexity(cells[low].samples(TASK), cells[high].samples(TASK))
+    return found.value / found.stderr
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_weight_only_order_holds_with_every_seed(cells: dict[tuple[str, str, int], Cell], seed: int) -> None:
+    assert difference(cells, ("float", "w16a16", 0), ("gptq", "w4a16", seed)) > 3
+    assert difference(cells, ("gptq", "w4a16", seed), ("rtn", "w4a16", 0)) > 3
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_quarot_is_more_than_ten_times_below_rtn_with_every_seed(
+    cells: dict[tuple[str, str, int], Cell], seed: int
+) -> None:
+    rotated, plain = cells["quarot", "w4a4kv4", seed], cells["rtn", "w4a4kv4", 0]
+    found = stats.paired_log_perplexity(rotated.samples(TASK), plain.samples(TASK))
+    assert found.value - 3 * found.stderr > math.log(10)
+
+
+@pytest.mark.parametrize("name", ["quick", "seeds"])
+def test_reports_are_what_the_results_give(root: Path, tmp_path: Path, name: str) -> None:
+    path = write_report(root / "results" / "reference" / name, tmp_path)
+    assert path.read_text() == (root / "reports" / name / "report.md").read_text()
