@@ -52,7 +52,8 @@ class GridConfig(_Strict):
     """A grid of methods x models x bits x tasks and the settings that all its cells share.
 
     `limits` gives single tasks a limit of their own. `seeds` is the number of repetitions, seeded 0, 1,
-    ...; `subset_seed` draws the documents, the same for every cell. Lengths are in tokens.
+    ...; `subset_seed` draws the documents, the same for every cell. Lengths are in tokens. `time_limit`:
+    minutes a cell may take before it is given up as hanging.
     """
 
     name: str = Field(default="grid", pattern=r"^[A-Za-z0-9._-]+$")
@@ -72,6 +73,7 @@ class GridConfig(_Strict):
     batch_size: int = Field(default=1, ge=1)
     max_length: int = Field(default=2048, ge=16)
     perplexity_length: int = Field(default=2048, ge=16)
+    time_limit: float = Field(default=1440, gt=0)
 
     @field_validator("methods", mode="before")
     @classmethod

@@ -22,25 +22,46 @@ from methods.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 _LIBRARIES = ("torch", "transformers", "tokenizers", "lm_eval", "datasets", "numpy", "scipy")
 _CODE = ("kernels", "methods", "harness")
-_PRESENTATION = {"report.py", "records.py", "tables.py", "plots.py", "stats.py", "progress.py", "grid.py"}
+_PRESENTATION = {
+    *("report.py", "records.py", "tables.py", "figures.py", "plots.py", "compare.py"),
+    *("stats.py", "inference.py", "evidence.py", "fidelity.py"),
+    *("gate.py", "baseline.py", "movement.py", "judgement.py", "recording.py", "trial.py"),
+    *("grid.py", "engine.py", "worker.py", "store.py", "progress.py"),
+}
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Versions, processor, threads and device, as they stand in every record."""
+    """Everything of this machine, its software and this code that can change a number."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "quantgrid": _version("quantgrid") or _declared_version(),
         "code": code_digest(),
-        "commit": commit(),
         "python": platform.python_version(),
         **{name: _version(name) for name in _LIBRARIES},
-        "platform": platform.platform(terse=True),
         "cpu": processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": str(device),
         "gpu": gpu,
+        "cuda": torch.version.cuda if gpu else None,
     }
+
+
+def platform_name() -> str:
+    return platform.platform(terse=True)
+
+
+def oom_kills() -> int:
+    """How often the kernel has killed for memory in this control group so far; 0 where it does not say."""
+    for file, field in (("memory.events", "oom_kill"), ("memory/memory.oom_control", "oom_kill")):
+        try:
+            for line in (Path("/sys/fs/cgroup") / file).read_text().splitlines():
+                name, _, count = line.partition(" ")
+                if name == field:
+                    return int(count)
+        except (OSError, ValueError):
+            continue
+    return 0
 
 
 def parse_device(text: str) -> torch.device:

@@ -58,6 +58,14 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--retry-failed", action="store_true", help="run cells again whose record says failed"
     )
+    result.add_argument(
+        "--time-limit", type=float, metavar="MINUTES", help="give a cell up as hanging after so long"
+    )
+    result.add_argument(
+        "--in-process",
+        action="store_true",
+        help="run cells in this process, for a debugger: a crash or a hang then ends the run",
+    )
     result.add_argument("--list", action="store_true", help="list the cells and stop")
     result.add_argument("--quiet", action="store_true", help="no progress bar")
     return result
@@ -76,6 +84,7 @@ def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
         "device",
         "dtype",
         "threads",
+        "time_limit",
     )
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if "limit" in given:
@@ -88,7 +97,8 @@ def run_name(grid: GridConfig, overridden: bool) -> str:
     so that a trial never replaces the report of the grid file itself."""
     if not overridden:
         return grid.name
-    return f"{grid.name}-{hashlib.sha256(grid.model_dump_json().encode()).hexdigest()[:8]}"
+    content = grid.model_dump_json(exclude={"time_limit"})
+    return f"{grid.name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
 def run(arguments: argparse.Namespace, command: str) -> int:
@@ -107,8 +117,15 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     from harness import report
     from harness.engine import run_grid
 
-    out = arguments.out or Path("results") / run_name(grid, bool(given))
-    records = run_grid(grid, out, command=command, retry_failed=arguments.retry_failed, quiet=arguments.quiet)
+    out = arguments.out or Path("results") / run_name(grid, bool(given.keys() - {"time_limit"}))
+    records = run_grid(
+        grid,
+        out,
+        command=command,
+        retry_failed=arguments.retry_failed,
+        quiet=arguments.quiet,
+        isolate=not arguments.in_process,
+    )
     print(report.headline(records))
     print(f"report: {report.write_report(out)}")
     failed = sum(record["status"] != "done" for record in records)

@@ -23,10 +23,11 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
+from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from harness.generation import Generation, read_settings
 from harness.perplexity import token_log_probabilities
 from methods.cache import KVCache
 from methods.decoder import Decoder, State
@@ -35,9 +36,6 @@ from methods.generate import generate
 
 MAX_LENGTH = 2048
 MAX_GEN_TOKS = 256
-
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_GENERATION = ("until", *_LENGTHS, "do_sample", "temperature", "top_k", "top_p")
 
 Progress = Callable[[int, int], None]
 
@@ -55,17 +53,6 @@ class Request:
         return self.context + self.continuation[:-1]
 
 
-@dataclass(frozen=True)
-class Generation:
-    """Settings of one generation request. temperature 0 is greedy."""
-
-    until: tuple[str, ...]
-    max_gen_toks: int
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-
-
 @register_model("quantgrid")
 class DecoderLM(TemplateLM):
     """A built decoder and its tokenizer as an lm-eval model.
@@ -78,6 +65,8 @@ class DecoderLM(TemplateLM):
             A prompt that spells out the BOS token, as chat templates do, never gets a second one.
         seed: of sampled generation.
         progress: called with (requests done, requests in this call).
+        order: numbers of lm-eval's documents (`Instance.doc_id`) in the order in which to compute them; None:
+            as they come. What is returned is in the order of the requests.
 
     Softmax is computed in float32 at least, sums over tokens in float64.
     """
@@ -92,6 +81,7 @@ class DecoderLM(TemplateLM):
         add_bos_token: bool | None = None,
         seed: int = 0,
         progress: Progress | None = None,
+        order: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         positions = decoder.config.max_positions
@@ -106,6 +96,7 @@ class DecoderLM(TemplateLM):
         self.add_bos_token = add_bos_token
         self.seed = seed
         self.progress = progress
+        self.order = order
         self.batched = decoder.device.type != "cpu"
 
     # Tokens
@@ -145,12 +136,21 @@ class DecoderLM(TemplateLM):
         ids: list[int] = self.tokenizer(string, verbose=False, **options)["input_ids"]
         return ids
 
+    def _sequence(self, requests: list[Instance]) -> list[int]:
+        """Indices of requests in the order in which to compute them."""
+        if self.order is None:
+            return list(range(len(requests)))
+        place = {document: position for position, document in enumerate(self.order)}
+        return sorted(range(len(requests)), key=lambda index: place[requests[index].doc_id])
+
     # Log-likelihoods
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log-probability in nats of the continuation, whether it is the greedy one) for each request."""
-        results: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-        return results
+        sequence = self._sequence(requests)
+        found = super().loglikelihood([requests[index] for index in sequence], disable_tqdm=disable_tqdm)
+        results = dict(zip(sequence, found, strict=True))
+        return [results[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-probability in nats of each whole text, in lm-eval's disjoint windows of `max_length`.
@@ -162,17 +162,18 @@ class DecoderLM(TemplateLM):
         without it, as in lm-eval.
         """
         windows: list[Request] = []
-        counts = []
-        for request in requests:
-            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+        counts = {}
+        for index in self._sequence(requests):
+            tokens = self.tok_encode(requests[index].args[0], add_special_tokens=False)
             if tokens[:1] == [self.prefix_token_id]:
                 tokens = tokens[1:]
             rolling = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
             own = [self._fit(*make_disjoint_window(pair)) for pair in rolling]
             windows += own
-            counts.append(len(own))
+            counts[index] = len(own)
         scores = iter(self._score(windows))
-        return [float(sum(next(scores)[0] for _ in range(count))) for count in counts]
+        sums = {index: float(sum(next(scores)[0] for _ in range(count))) for index, count in counts.items()}
+        return [sums[index] for index in range(len(requests))]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
@@ -289,14 +290,16 @@ class DecoderLM(TemplateLM):
         seen: dict[tuple[str, Generation], int] = {}
         for index, request in enumerate(requests):
             context, options = request.args
-            settings = self._generation(options)
+            settings = read_settings(options, self.max_gen_toks, self.max_length)
             occurrence = seen[context, settings] = seen.get((context, settings), -1) + 1
             tokens = self.tok_encode(context) or [self.prefix_token_id]
             tokens = tokens[-(self.max_length - settings.max_gen_toks) :]
             groups.setdefault(settings, []).append((index, tokens, self._sampling_seed(context, occurrence)))
         done = 0
         size = self.batch_size if self.batched else 1
+        place = {index: position for position, index in enumerate(self._sequence(requests))}
         for settings, group in groups.items():
+            group.sort(key=lambda item: place[item[0]])
             if self.batched:
                 group.sort(key=lambda item: -len(item[1]))
             for begin in range(0, len(group), size):
@@ -308,27 +311,6 @@ class DecoderLM(TemplateLM):
                 if self.progress is not None:
                     self.progress(done, len(requests))
         return results
-
-    def _generation(self, options: dict[str, Any]) -> Generation:
-        """Check lm-eval's generation_kwargs and settle their aliases and defaults."""
-        unknown = sorted(options.keys() - set(_GENERATION))
-        if unknown:
-            known = ", ".join(_GENERATION)
-            raise UserError(f"generation setting {unknown[0]!r} is not supported: known are {known}")
-        settings = normalize_gen_kwargs(options, self.max_gen_toks)
-        until = tuple(text for text in settings["until"] if text)
-        length = settings["max_gen_toks"]
-        temperature = float(settings.get("temperature") or 0.0)
-        top_k, top_p = settings.get("top_k"), settings.get("top_p")
-        if not 1 <= length < self.max_length:
-            raise UserError(f"max_gen_toks {length}: give 1 to {self.max_length - 1}, below max_length")
-        if temperature < 0 or (settings["do_sample"] and temperature == 0):
-            raise UserError(f"temperature {temperature}: give a value above 0, or do_sample: false")
-        if top_k is not None and top_k < 1:
-            raise UserError(f"top_k {top_k}: give at least 1, or leave it out")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise UserError(f"top_p {top_p}: give a probability above 0 and at most 1")
-        return Generation(until, length, temperature, top_k, top_p)
 
     def _sampling_seed(self, context: str, occurrence: int) -> int:
         key = json.dumps([self.seed, context, occurrence]).encode()

@@ -18,8 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from harness import resample
+from harness.divergence import Reference, divergence
 from methods.calibration import Corpus
 from methods.decoder import Decoder, State
 from methods.errors import UserError
@@ -52,12 +55,20 @@ class Windows:
 @dataclass(frozen=True)
 class PassageRow:
     """The part of one passage that lies in one window: the sum of its tokens' negative log-likelihoods in
-    nats, and how many tokens that is."""
+    nats, and how many tokens that is. Where the float model's predictions are known: each token's
+    KL(float || model) in nats, and for how many tokens both find the same one likeliest."""
 
     window: int
     passage: int
     nll: float
     tokens: int
+    kl: tuple[float, ...] | None = None
+    agree: int | None = None
+
+    def sample(self) -> dict[str, Any]:
+        """The row as it is stored: "kl" is the sum over the tokens; what is not known is left out."""
+        row = {"window": self.window, "passage": self.passage, "nll": self.nll, "tokens": self.tokens}
+        return row if self.kl is None else row | {"kl": math.fsum(self.kl), "agree": self.agree}
 
 
 def windows(tokenizer: Any, corpus: Corpus, length: int = 2048) -> Windows:
@@ -117,12 +128,18 @@ def draw(n_windows: int, limit: int | None, seed: int) -> list[int]:
     return sorted(order[:limit].tolist())
 
 
-def token_log_probabilities(decoder: Decoder, state: State, targets: Tensor) -> tuple[Tensor, Tensor]:
+def token_log_probabilities(
+    decoder: Decoder,
+    state: State,
+    targets: Tensor,
+    watch: Callable[[slice, Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Log-probability and greediness of target tokens, given the states that should predict them.
 
     Args:
         state: [B, T, hidden], of which all positions are scored.
         targets: int64 [B, T].
+        watch: is shown the logits [B, up to CHUNK, vocab] of each slice of positions.
 
     Returns:
         Log-probabilities in nats, float64 [B, T] (the softmax is computed in float32 at least), and bool
@@ -138,33 +155,58 @@ def token_log_probabilities(decoder: Decoder, state: State, targets: Tensor) -> 
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(wide.flatten(0, 1), target.flatten(), reduction="none")
         logp[:, part] = -loss.view(target.shape).double()
+        if watch is not None:
+            watch(part, logits)
     return logp, greedy
 
 
 @torch.no_grad()
 def score(
-    decoder: Decoder, windows: Windows, ids: Sequence[int], progress: Progress | None = None
+    decoder: Decoder,
+    windows: Windows,
+    ids: Sequence[int],
+    progress: Progress | None = None,
+    reference: Reference | None = None,
 ) -> list[PassageRow]:
     """Score the windows `ids`, each on its own, so that a window's numbers depend on that window alone.
 
     The first token of a window is context only: length - 1 tokens are scored. progress(done, total) is called
-    after each window.
+    after each window. Windows that `reference` has are compared with its float model too.
 
     Returns:
-        One row for every passage with a scored token in a window, ordered by window and passage.
+        One row for every passage with a scored token in a window, in the order of `ids` and then of passages.
     """
     rows = []
     for done, window in enumerate(ids, start=1):
         tokens = windows.tokens[window : window + 1].to(decoder.device)
-        logp, _ = token_log_probabilities(decoder, decoder.states(tokens[:, :-1]), tokens[:, 1:])
+        states = decoder.states(tokens[:, :-1])
+        compared = _Comparison(reference, window) if reference and window in reference.states else None
+        logp, _ = token_log_probabilities(decoder, states, tokens[:, 1:], compared)
         nll = -logp[0].cpu().numpy()
         passages = windows.passages[window, 1:].numpy()
         for passage in np.unique(passages):
-            own = nll[passages == passage]
-            rows.append(PassageRow(window, int(passage), float(own.sum()), len(own)))
+            own = passages == passage
+            kl, agree = compared.of(own) if compared is not None else (None, None)
+            rows.append(PassageRow(window, int(passage), float(nll[own].sum()), int(own.sum()), kl, agree))
         if progress is not None:
             progress(done, len(ids))
     return rows
+
+
+class _Comparison:
+    """Collects a window's divergences from the float model while its logits pass by."""
+
+    def __init__(self, reference: Reference, window: int) -> None:
+        self.reference, self.window = reference, window
+        self.parts: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, part: slice, logits: Tensor) -> None:
+        self.parts.append(divergence(self.reference.logits(self.window, part), logits))
+
+    def of(self, own: NDArray[np.bool_]) -> tuple[tuple[float, ...], int]:
+        """KL of the tokens marked in `own`, and how many of them agree."""
+        kl, agree = (torch.cat(pieces, dim=1)[0].cpu().numpy() for pieces in zip(*self.parts, strict=True))
+        return tuple(kl[own].tolist()), int(agree[own].sum())
 
 
 def protocol(length: int) -> str:
@@ -175,43 +217,74 @@ def protocol(length: int) -> str:
 def summary(rows: Iterable[PassageRow]) -> dict[str, Any]:
     """Perplexity and its logarithm (mean negative log-likelihood per token, nats) with standard errors.
 
-    The mean r is a ratio of two sums over passages, NLL by tokens; its standard error is the delta method's
-    for a ratio of cluster totals, sqrt(m/(m-1) sum (nll_p - r tokens_p)²) / tokens over m passages, and that
-    of the perplexity exp(r) is exp(r) times as large. None where there is a single passage.
+    A mean over tokens is a ratio of two sums over passages; its standard error, and that of the perplexity,
+    is the standard deviation of a bootstrap over passages (`resample.ratio_bootstrap`, passages in ascending
+    order). None where there is a single passage, or a resampled perplexity is beyond all numbers.
 
     Returns:
         {"metrics": {"perplexity": {"value", "stderr", "higher_is_better"}, "log_perplexity": {...}},
-         "tokens": scored tokens, "windows": n, "passages": m, "protocol": text}
+         "tokens": scored tokens, "windows": n, "passages": m, "protocol": text}, and where rows were compared
+        with the float model, over those rows
+        {"kl": {"mean", "stderr", "median", "p99", "p999", "max"} of the tokens' KL(float || model) in nats,
+         "top1_agreement": {"value", "stderr"}, "kl_windows": their windows}
     """
-    rows = list(rows)
+    rows = sorted(rows, key=lambda row: (row.window, row.passage))
     if not rows:
         raise UserError("no perplexity windows were scored")
     in_window: dict[int, int] = {}
-    by_passage: dict[int, list[float]] = {}
     for row in rows:
         in_window[row.window] = in_window.get(row.window, 0) + row.tokens
-        total = by_passage.setdefault(row.passage, [0.0, 0.0])
-        total[0] += row.nll
-        total[1] += row.tokens
-    nll, tokens = np.array(list(by_passage.values())).T
-    clusters = len(tokens)
-    mean = float(nll.sum() / tokens.sum())
-    error = None
-    if clusters > 1:
-        residual = nll - mean * tokens
-        error = math.sqrt(clusters / (clusters - 1) * float(residual @ residual)) / float(tokens.sum())
+    tokens = sum(in_window.values())
+    mean, draws = _mean(rows, [row.nll for row in rows])
     perplexity = math.exp(mean) if mean < 700 else math.inf  # a model in ruins
+    with np.errstate(over="ignore", invalid="ignore"):
+        error, perplexity_error = _deviation(draws), _deviation(None if draws is None else np.exp(draws))
     return {
         "metrics": {
-            "perplexity": {
-                "value": perplexity,
-                "stderr": None if error is None else perplexity * error,
-                "higher_is_better": False,
-            },
+            "perplexity": {"value": perplexity, "stderr": perplexity_error, "higher_is_better": False},
             "log_perplexity": {"value": mean, "stderr": error, "higher_is_better": False},
         },
-        "tokens": int(tokens.sum()),
+        "tokens": tokens,
         "windows": len(in_window),
-        "passages": clusters,
+        "passages": len({row.passage for row in rows}),
         "protocol": protocol(next(iter(in_window.values())) + 1),
+        **_divergences(rows),
     }
+
+
+def _divergences(rows: Sequence[PassageRow]) -> dict[str, Any]:
+    """What `summary` says of the rows that were compared with the float model; nothing where none was."""
+    compared = [row for row in rows if row.kl is not None]
+    if not compared:
+        return {}
+    samples = [row.sample() for row in compared]
+    mean, draws = _mean(compared, [sample["kl"] for sample in samples])
+    share, share_draws = _mean(compared, [sample["agree"] for sample in samples])
+    tokens = np.array([value for row in compared for value in row.kl or ()])
+    median, p99, p999 = np.quantile(tokens, (0.5, 0.99, 0.999)).tolist()
+    return {
+        "kl": {
+            "mean": mean,
+            "stderr": _deviation(draws),
+            "median": median,
+            "p99": p99,
+            "p999": p999,
+            "max": float(tokens.max()),
+        },
+        "top1_agreement": {"value": share, "stderr": _deviation(share_draws)},
+        "kl_windows": len({row.window for row in compared}),
+    }
+
+
+def _mean(rows: Sequence[PassageRow], sums: Sequence[float]) -> tuple[float, NDArray[np.float64] | None]:
+    """The mean per token of a quantity of which `sums` are the rows' totals, and its resampled values; None
+    for a single passage."""
+    totals, tokens = resample.by_cluster([row.passage for row in rows], sums, [row.tokens for row in rows]).T
+    mean = float(totals.sum() / tokens.sum())
+    return mean, resample.ratio_bootstrap(totals[:, None], tokens) if len(tokens) > 1 else None
+
+
+def _deviation(draws: NDArray[np.float64] | None) -> float | None:
+    """The standard deviation of resampled values, which is a standard error; None where it is no number."""
+    deviation = math.nan if draws is None else float(draws.std(ddof=1))
+    return deviation if math.isfinite(deviation) else None

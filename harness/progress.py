@@ -2,9 +2,40 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
+
+Event = dict[str, Any]
+
+
+class Steps:
+    """The steps of one cell as events, which a bar in this process or in another shows.
+
+    Events are {"begin": name, "units": cost}, {"done": n, "total": n} (a few a second) and {"end": name}.
+    `stage` is the step at work.
+    """
+
+    def __init__(self, send: Callable[[Event], None]) -> None:
+        self._send = send
+        self._next = 0.0
+        self.stage = "start"
+
+    @contextmanager
+    def step(self, name: str, units: float) -> Iterator[None]:
+        self.stage = name
+        self._send({"begin": name, "units": units})
+        yield
+        self._send({"end": name})
+
+    def advance(self, done: int, total: int) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + 0.25
+            self._send({"done": done, "total": total})
 
 
 class Progress:
@@ -37,6 +68,31 @@ class Progress:
     def end(self) -> None:
         self._bar.update(self._step - self._inside)
         self._step = self._inside = 0.0
+
+    @property
+    def position(self) -> float:
+        """Units done so far."""
+        return float(self._bar.n)
+
+    def settle(self, position: float) -> None:
+        """Go to a position, whatever the steps on the way have said."""
+        self._bar.n = position
+        self._bar.refresh()
+        self._step = self._inside = 0.0
+
+    def wait(self, label: str) -> None:
+        self._bar.set_description_str(label)
+
+    def show(self, label: str, event: Event) -> None:
+        """Show an event of a cell's `Steps`."""
+        if "begin" in event:
+            self.begin(f"{label}: {event['begin']}", event["units"])
+        elif "end" in event:
+            self.end()
+        elif "done" in event:
+            self.advance(event["done"], event["total"])
+        elif "say" in event:
+            self.say(f"{label}: {event['say']}")
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""

@@ -5,6 +5,7 @@ A record is the JSON of one cell; cells that differ by seed alone are one row.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -14,12 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from harness import stats, store
+from harness import inference, stats, store
 from harness.stats import Estimate
 from methods.bits import Bits
 from methods.errors import UserError
 
-SCHEMA = 1
 ACCURACIES = ("acc", "exact_match", "acc_norm")
 """Right-or-wrong metrics; the first that a task has is its column."""
 LATTICE_GROUP = 64
@@ -33,6 +33,7 @@ class Cell:
 
     record: Record
     folder: Path | None = None
+    _rows: dict[str, list[stats.Row]] = field(default_factory=dict)
 
     @cached_property
     def bits(self) -> Bits:
@@ -56,16 +57,21 @@ class Cell:
     def task(self, name: str) -> Record:
         return self.record.get("tasks", {}).get(name) or {}
 
-    def samples(self, task: str) -> list[dict[str, Any]]:
-        """Sample rows of a task; ValueError when there are none."""
-        name = self.task(task).get("samples")
+    def samples(self, task: str) -> list[stats.Row]:
+        """Sample rows of a task; ValueError when there are none or they are not those of the record."""
+        if task not in self._rows:
+            self._rows[task] = self._read(task)
+        return self._rows[task]
+
+    def _read(self, task: str) -> list[stats.Row]:
+        entry = self.task(task)
+        name = entry.get("samples")
         if self.folder is None or not name or not (self.folder / name).is_file():
             raise ValueError(f"{task}: no samples of {self.record['method']['row']} {self.record['bits']}")
-        try:
-            lines = (self.folder / name).read_text(encoding="utf-8").splitlines()
-            return [json.loads(line) for line in lines if line.strip()]
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{task}: {self.folder.name}/{name} is damaged: {error}") from error
+        data = (self.folder / name).read_bytes()
+        if hashlib.sha256(data).hexdigest() != entry.get("samples_sha256"):
+            raise ValueError(f"{task}: {self.folder.name}/{name} is damaged: its sha256 is not the record's")
+        return [json.loads(line) for line in data.decode("utf-8").splitlines() if line.strip()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +88,15 @@ class Row:
     @property
     def bits(self) -> str:
         return str(self.first.bits)
+
+    @property
+    def usable(self) -> list[Cell]:
+        """Cells that have tasks to show: a partial one serves for those that it has."""
+        return [cell for cell in self.cells if cell.state in ("done", "partial")]
+
+    def with_(self, column: Column) -> list[Cell]:
+        """The cells that have a number in this column."""
+        return [cell for cell in self.cells if column.estimate(cell) is not None]
 
 
 @dataclass(frozen=True)
@@ -114,13 +129,15 @@ class Column:
         value, stderr = number(metric.get("value")), number(metric.get("stderr"))
         if self.kind == "accuracy" and value in (0.0, 1.0) and entry.get("n"):
             stderr = stats.at_boundary(value, entry["n"])
-        return Estimate(value, stderr)
+        clusters = entry.get("passages") or entry.get("clusters") or entry.get("n")
+        return Estimate(value, stderr, clusters - 1 if clusters else math.inf)
 
     def paired(self, reference: Cell, cell: Cell) -> stats.Paired:
         """Difference to the reference over the same samples; ValueError where they do not pair."""
         first, second = reference.samples(self.task), cell.samples(self.task)
         if self.kind == "perplexity":
-            return stats.Paired(stats.paired_log_perplexity(first, second), len(first))
+            difference = stats.paired_log_perplexity(first, second)
+            return stats.Paired(difference, int(difference.df) + 1, "bootstrap over passages")
         return stats.paired_mean(first, second, self.metric)
 
 
@@ -138,10 +155,19 @@ class Model:
         return [column for column in self.columns if column.kind == "accuracy"]
 
     @property
+    def perplexities(self) -> list[Column]:
+        return [column for column in self.columns if column.kind == "perplexity"]
+
+    @property
+    def comparable(self) -> list[Column]:
+        """Columns in which cells are compared: the others may have no better and worse."""
+        return [column for column in self.columns if column.kind != "other"]
+
+    @property
     def floats(self) -> list[Cell]:
-        """References of the differences: one a seed; a partial one serves for the tasks that it has."""
-        cells = [cell for row in self.rows for cell in row.cells if cell.is_float]
-        return [cell for cell in cells if cell.state in ("done", "partial")]
+        """References of the differences, one a seed."""
+        rows = [row.usable for row in self.rows if row.first.is_float]
+        return next(filter(None, rows), [])
 
     @property
     def labels(self) -> list[str]:
@@ -179,30 +205,47 @@ def read_run(run: Path) -> Run:
         )
     cells, missing = [], []
     for name in named:
-        path = run / name / store.RECORD
-        if not path.is_file():
+        if not (run / name / store.RECORD).is_file():
             missing.append((name, "not started: the run was stopped before it"))
             continue
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if tasks is not None:  # a cell may have been scored on others by another command
-                record["tasks"] = {name: task for name, task in record["tasks"].items() if name in tasks}
-            cell = Cell(record, path.parent)
-            if cell.record["schema"] != SCHEMA:
-                raise ValueError(f"schema {cell.record['schema']}, this version reads {SCHEMA}")
-            # What every section relies on; the rest of a record may be absent.
-            _ = (
-                cell.bits,
-                cell.is_float,
-                cell.state,
-                cell.record["model"]["name"],
-                cell.record["method"]["row"],
-            )
-            cells.append(cell)
-        except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
-            reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            missing.append((name, f"unreadable {store.RECORD}: {reason}"))
+            cell = read_cell(run / name)
+        except ValueError as error:
+            missing.append((name, f"unreadable {store.RECORD}: {error}"))
+            continue
+        if tasks is not None:  # a cell may have been scored on others by another command
+            kept = {task: entry for task, entry in cell.record["tasks"].items() if task in tasks}
+            cell = Cell({**cell.record, "tasks": kept}, cell.folder)
+        cells.append(cell)
     return Run(cells, missing, len(set(present) - set(named)))
+
+
+def read_cell(folder: Path) -> Cell:
+    """A cell's folder; ValueError says what is wrong with its record."""
+    try:
+        record = json.loads((folder / store.RECORD).read_text(encoding="utf-8"))
+        if record["schema"] != store.SCHEMA:
+            raise ValueError(f"schema {record['schema']}, this version reads {store.SCHEMA}")
+        if record["sha256"] != store.content_sha256(record):
+            raise ValueError("damaged: its sha256 is not that of its content")
+        cell = Cell(record, folder)
+        # What every section relies on; the rest of a record may be absent.
+        model, method, tasks = record["model"], record["method"], record["tasks"]
+        _ = (cell.bits, cell.is_float, cell.state, model["name"], method["row"], tasks.items())
+    except KeyError as error:
+        raise ValueError(f"no field {error}") from error
+    except (OSError, TypeError, AttributeError, UserError) as error:
+        raise ValueError(str(error)) from error
+    return cell
+
+
+def same_seeds(reference: Sequence[Cell], cells: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
+    """Pairs of cells with the same seed; a side with one cell alone has it in every pair (a method without
+    randomness runs once)."""
+    if len(reference) == 1 or len(cells) == 1:
+        return [(first, cell) for first in reference for cell in cells]
+    by_seed = {cell.seed: cell for cell in reference}
+    return [(by_seed[cell.seed], cell) for cell in cells if cell.seed in by_seed]
 
 
 def models_of(cells: Iterable[Cell]) -> list[Model]:
@@ -214,7 +257,7 @@ def models_of(cells: Iterable[Cell]) -> list[Model]:
         groups.setdefault((str(model["name"]), str(model.get("sha256"))), []).append(cell)
     models = []
     for _, members in sorted(groups.items()):
-        columns, rows = _columns(members), _rows(members)
+        columns, rows = columns_of(members), _rows(members)
         record = members[0].record["model"]
         ranked = [row for row in rows if not row.first.is_float and not unranked(record, row)]
         ranks: dict[Row, int] = {}
@@ -248,7 +291,8 @@ def weights_only(model: Record, row: Row) -> str:
     )
 
 
-def _columns(cells: Sequence[Cell]) -> list[Column]:
+def columns_of(cells: Sequence[Cell]) -> list[Column]:
+    """A column for each task of these cells, perplexities first."""
     found: dict[str, Column] = {}
     for cell in cells:
         for name, entry in cell.record.get("tasks", {}).items():
@@ -309,21 +353,21 @@ def _score(row: Row, columns: Sequence[Column]) -> tuple[float] | None:
         higher = row.first.task(column.task).get("metrics", {}).get(column.metric, {}).get("higher_is_better")
         found = [estimate for cell in row.cells if (estimate := column.estimate(cell))]
         if found and higher is not None:
-            value = stats.over_seeds(found).value * (-1 if higher else 1)
+            value = inference.over_seeds(found).value * (-1 if higher else 1)
             return (math.inf if math.isnan(value) else value,)
     return None
 
 
 def overall(row: Row, of_cell: Callable[[Cell], Estimate | None]) -> Estimate | None:
     found = [estimate for cell in row.cells if (estimate := of_cell(cell)) is not None]
-    return stats.over_seeds(found) if found else None
+    return inference.over_seeds(found) if found else None
 
 
 def mean_accuracy(cell: Cell, columns: Sequence[Column]) -> Estimate | None:
     """Mean accuracy over the columns: None unless the cell has all of them, for a mean over other tasks is
     another quantity."""
     found = [estimate for column in columns if (estimate := column.estimate(cell)) is not None]
-    return stats.average(found) if columns and len(found) == len(columns) else None
+    return inference.average(found) if columns and len(found) == len(columns) else None
 
 
 def number(value: Any) -> float:

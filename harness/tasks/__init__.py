@@ -41,7 +41,8 @@ class LocalTask:
     """A task of this folder, as its YAML file describes it.
 
     `rows` counts its documents, `mirrors` names lm-eval's task and version, `chance` is the expected value of
-    the primary metric when guessing, `output_type` is lm-eval's ("multiple_choice" or "generate_until").
+    the primary metric when guessing, `output_type` is lm-eval's ("multiple_choice" or "generate_until"),
+    `source` the field whose text several documents may share (None: no field does that).
     """
 
     name: str
@@ -52,6 +53,7 @@ class LocalTask:
     primary_metric: str
     yaml: Path
     output_type: str
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def _read_local(path: Path) -> LocalTask:
         primary_metric=about["primary_metric"],
         yaml=path,
         output_type=config["output_type"],
+        source=about.get("source"),
     )
 
 

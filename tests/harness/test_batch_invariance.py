@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
 import pytest
 import torch
 
+from harness.config import GridConfig
+from harness.evaluate import batch_spread, plan_tasks, run_task
 from harness.lm import DecoderLM
 from kernels.reference import fake_quantise
 from methods.bits import ActivationSpec, KVSpec
-from methods.checkpoint import from_transformers
+from methods.checkpoint import Checkpoint, from_transformers, open_checkpoint
 from methods.decoder import Block, Decoder
 from tests import families
 from tests.harness.requests import LONG, generations, rolling
@@ -89,3 +92,49 @@ def test_generation_and_rolling_do_not_depend_on_the_batch(quantised: Decoder, d
     for index in (3, 0, 4, 1, 2):
         assert narrow.generate_until(generations([prompts[index]], **options)) == [texts[index]]
         assert narrow.loglikelihood_rolling(rolling([prompts[index]])) == [scores[index]]
+
+
+# Through lm-eval itself, prompts, tokenizer, filters, metrics and all
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The model of `w4a4kv4` before it is quantised, as a folder."""
+    folder = tmp_path_factory.mktemp("model")
+    shape = families.config("llama-gqa-tied", vocab_size=VOCABULARY, num_hidden_layers=4)
+    families.build(shape, torch.float32).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("task", ["piqa_local", "openbookqa_local", "asdiv_local"])
+def test_a_tasks_result_does_not_depend_on_batch_size_and_order(
+    quantised: Decoder, checkpoint: Checkpoint, task: str
+) -> None:
+    """Every log-likelihood, text, metric and standard error of lm-eval's `evaluate`, bit for bit."""
+    one, sixteen = (
+        GridConfig(methods=("rtn",), tasks=(task,), limit=18, batch_size=size)  # type: ignore[arg-type]
+        for size in (1, 16)
+    )
+    (plan,) = plan_tasks(one, checkpoint)
+    expected = run_task(quantised, checkpoint, plan, one)
+    assert [row["doc_id"] for row in expected.rows] == sorted(plan.ids)
+    for seed in (0, 1):
+        shuffled = tuple(random.Random(seed).sample(plan.ids, len(plan.ids)))
+        found = run_task(quantised, checkpoint, dataclasses.replace(plan, ids=shuffled), sixteen)
+        assert found == expected
+    # Each document alone, in a run of its own.
+    for row in expected.rows[::6]:
+        lone = dataclasses.replace(plan, ids=(row["doc_id"],))
+        assert run_task(quantised, checkpoint, lone, sixteen).rows == [row]
+
+
+def test_padded_batches_would_be_noticed_in_a_task(quantised: Decoder, checkpoint: Checkpoint) -> None:
+    settings = GridConfig(methods=("rtn",), tasks=("piqa_local",), limit=18, batch_size=16)  # type: ignore[arg-type]
+    (plan,) = plan_tasks(settings, checkpoint)
+    padded = batch_spread(quantised, checkpoint, plan, settings, batched=True)
+    alone = batch_spread(quantised, checkpoint, plan, settings)
+    assert padded is not None
+    assert alone is not None
+    assert padded["max_abs"] > 0
+    assert (alone["max_abs"], alone["changed_answers"]) == (0.0, 0)

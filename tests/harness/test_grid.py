@@ -10,37 +10,25 @@ from typing import Any
 import pytest
 import torch
 
-from harness import engine, grid
+from harness import cell, grid
 from harness.config import load_grid
 from methods.decoder import Decoder, State
-from tests import families
-from tests.harness.tokenizers import VOCABULARY, byte_tokenizer
-
-TASKS = ["perplexity_wikipedia", "piqa_local", "asdiv_local"]
+from tests.harness.small_grid import TASKS, save_model, write_grid
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A three-layer model with a byte tokenizer, as a folder that the hub could have served."""
-    folder = tmp_path_factory.mktemp("model") / "small"
-    config = families.config("mistral-window", vocab_size=VOCABULARY, max_position_embeddings=2048)
-    families.build(config, torch.float32).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return save_model(tmp_path_factory.mktemp("model") / "small")
 
 
 @pytest.fixture
 def settings(tmp_path: Path, model: str) -> Path:
-    path = tmp_path / "grid.yaml"
-    path.write_text(
-        f"models: [{model}]\nmethods: [float, rtn, quarot]\nbits: [w4a4kv4]\ntasks: {json.dumps(TASKS)}\n"
-        "limit: 3\nperplexity_length: 64\ncalibration: {samples: 4, length: 32}\n"
-    )
-    return path
+    return write_grid(tmp_path / "grid.yaml", model)
 
 
 def run(settings: Path, out: Path, *arguments: str) -> int:
-    return grid.main([str(settings), "--out", str(out), "--quiet", *arguments])
+    """In this process, where a test can reach inside; test_isolation.py runs it as users do."""
+    return grid.main([str(settings), "--out", str(out), "--quiet", "--in-process", *arguments])
 
 
 def records(out: Path) -> dict[str, dict[str, Any]]:
@@ -110,14 +98,14 @@ def test_what_is_done_is_not_done_again(
     assert run(settings, out, "--tasks", "piqa_local", "asdiv_local") == 0
     before = numbers(out)
     scored: list[str] = []
-    monkeypatch.setattr(engine, "run_task", _counting(engine.run_task, scored))
+    monkeypatch.setattr(cell, "run_task", _counting(cell.run_task, scored))
     assert run(settings, out) == 0
     assert scored == ["perplexity_wikipedia"] * 3
     after = numbers(out)
     for name, (metrics, samples) in before.items():
         assert {task: after[name][0][task] for task in metrics} == metrics
         assert {file: after[name][1][file] for file in samples} == samples
-    monkeypatch.setattr(engine, "quantise", _never)
+    monkeypatch.setattr(cell, "quantise", _never)
     assert run(settings, out) == 0
 
 
@@ -128,10 +116,10 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     out = tmp_path / "out"
     scored: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "run_task", _counting(engine.run_task, scored, stop_at=5))
+        patch.setattr(cell, "run_task", _counting(cell.run_task, scored, stop_at=5))
         assert run(settings, out) == 130
     assert "the same command goes on" in capsys.readouterr().err
-    monkeypatch.setattr(engine, "run_task", _counting(engine.run_task, scored))
+    monkeypatch.setattr(cell, "run_task", _counting(cell.run_task, scored))
     assert run(settings, out) == 0
     assert len(scored) == 9 + 1  # the interrupted one twice
     assert numbers(out) == numbers(tmp_path / "whole")
@@ -174,7 +162,7 @@ def test_a_task_that_breaks_is_recorded_and_retried_on_request(
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "run_task", _breaking(engine.run_task, "piqa_local"))
+        patch.setattr(cell, "run_task", _breaking(cell.run_task, "piqa_local"))
         assert run(settings, out, "--methods", "rtn") == 1
     record = records(out)["rtn w4a4kv4 0"]
     assert record["status"] == "partial"
@@ -287,20 +275,20 @@ def test_list_runs_nothing(settings: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def _counting(original: Any, scored: list[str], stop_at: int | None = None) -> Any:
-    def run_task(decoder: Any, checkpoint: Any, plan: Any, *rest: Any) -> Any:
+    def run_task(decoder: Any, checkpoint: Any, plan: Any, *rest: Any, **named: Any) -> Any:
         scored.append(plan.name)
         if len(scored) == stop_at:
             raise KeyboardInterrupt
-        return original(decoder, checkpoint, plan, *rest)
+        return original(decoder, checkpoint, plan, *rest, **named)
 
     return run_task
 
 
 def _breaking(original: Any, name: str) -> Any:
-    def run_task(decoder: Any, checkpoint: Any, plan: Any, *rest: Any) -> Any:
+    def run_task(decoder: Any, checkpoint: Any, plan: Any, *rest: Any, **named: Any) -> Any:
         if plan.name == name:
             raise ZeroDivisionError("planted")
-        return original(decoder, checkpoint, plan, *rest)
+        return original(decoder, checkpoint, plan, *rest, **named)
 
     return run_task
 

@@ -193,8 +193,8 @@ def test_continuations_without_tokens_or_room_are_refused(small: Any) -> None:
         mine.loglikelihood(loglikelihoods([("context", LONG)]))
 
 
-def inputs_of(lm: DecoderLM, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The ids that the decoder reads during a rolling request."""
+def inputs_of(lm: DecoderLM, requests: list[Instance], monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The ids that the decoder reads during rolling requests."""
     seen: list[list[int]] = []
     states = lm.decoder.states
 
@@ -203,7 +203,7 @@ def inputs_of(lm: DecoderLM, texts: list[str], monkeypatch: pytest.MonkeyPatch) 
         return states(ids, **options)
 
     monkeypatch.setattr(lm.decoder, "states", spy)
-    lm.loglikelihood_rolling(rolling(texts))
+    lm.loglikelihood_rolling(requests)
     return seen
 
 
@@ -221,7 +221,7 @@ def test_rolling_text_has_one_bos(
     (expected,) = theirs.loglikelihood_rolling(rolling([text]), disable_tqdm=True)
     (found,) = mine.loglikelihood_rolling(rolling([BOS * spelt_out + text]))
     assert found == pytest.approx(expected, abs=1e-4)
-    read = inputs_of(mine, [BOS * spelt_out + text], monkeypatch)
+    read = inputs_of(mine, rolling([BOS * spelt_out + text]), monkeypatch)
     assert read[0] == [mine.prefix_token_id, *ids[:19]]
     assert sum(tokens.count(mine.prefix_token_id) for tokens in read) == 1
 
@@ -377,6 +377,32 @@ def test_progress_counts_requests(small: Any) -> None:
     seen.clear()
     lm.generate_until(generations(["a", "b"], until=[], max_gen_toks=2))
     assert seen == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("order", [(3, 2, 1, 0), (2, 0, 3, 1)])
+def test_documents_are_computed_in_the_order_asked_for(
+    small: Any, order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And answered in the order of the requests: every kind, equal prompts that are sampled."""
+    plain, _ = both(small, False)
+    mine = DecoderLM(plain.decoder, plain.tokenizer, max_length=48, order=order)
+    prompts = ["Question: who?", "Question: who?", LONG[:70], "The dog"]
+    sampled: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "until": [], "max_gen_toks": 6}
+    kinds = {
+        "loglikelihood": loglikelihoods([(text, end) for text in prompts for end in (" jumps", " b")]),
+        "loglikelihood_rolling": rolling(prompts),
+        "generate_until": generations(prompts, **sampled),
+    }
+    for kind, requests in kinds.items():
+        for index, request in enumerate(requests):
+            request.doc_id = index * len(prompts) // len(requests)
+        expected = getattr(plain, kind)(requests)
+        assert getattr(mine, kind)(requests) == expected
+        assert len(set(expected)) >= 3
+    expected_order = [mine.tok_encode(prompts[document], add_special_tokens=False) for document in order]
+    read = inputs_of(mine, kinds["loglikelihood_rolling"], monkeypatch)
+    heads = [tokens[1:20] for tokens in read if tokens[0] == mine.prefix_token_id]
+    assert heads == [tokens[:-1][:19] for tokens in expected_order]
 
 
 def test_lm_evals_answer_cache_is_refused(small: Any, tmp_path: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import math
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import perplexity
+from harness import perplexity, resample
 from harness.perplexity import PassageRow, draw, score, summary, windows
 from methods.calibration import Corpus, evaluation_text
 from methods.checkpoint import Checkpoint, from_transformers, open_checkpoint
@@ -182,43 +184,92 @@ def test_summary_by_hand() -> None:
         PassageRow(4, 2, 2.0, 4),
     ]
     found = summary(rows)
-    mean = 16 / 10
-    residual = [6 - 2 * mean, 8 - 4 * mean, 2 - 4 * mean]
-    error = math.sqrt(3 / 2 * sum(value**2 for value in residual)) / 10
+    totals = [(6.0, 2), (8.0, 4), (2.0, 4)]
+    # Every way to draw three passages of three, each as likely as the others.
+    draws = [
+        sum(nll for nll, _ in drawn) / sum(tokens for _, tokens in drawn)
+        for drawn in itertools.product(totals, repeat=3)
+    ]
     metrics = found["metrics"]
-    assert metrics["log_perplexity"]["value"] == pytest.approx(mean)
-    assert metrics["log_perplexity"]["stderr"] == pytest.approx(error)
-    assert metrics["perplexity"]["value"] == pytest.approx(math.exp(mean))
-    assert metrics["perplexity"]["stderr"] == pytest.approx(math.exp(mean) * error)
+    assert metrics["log_perplexity"]["value"] == pytest.approx(1.6)
+    assert metrics["log_perplexity"]["stderr"] == pytest.approx(np.std(draws), rel=0.02)
+    assert metrics["perplexity"]["value"] == pytest.approx(math.exp(1.6))
+    assert metrics["perplexity"]["stderr"] == pytest.approx(np.std(np.exp(draws)), rel=0.03)
     assert not metrics["perplexity"]["higher_is_better"]
     assert (found["tokens"], found["windows"], found["passages"]) == (10, 2, 3)
     assert "windows of 6 tokens" in found["protocol"]
     assert "joined by blank lines" in found["protocol"]
+    assert "kl" not in found
+
+
+def test_summary_does_not_depend_on_the_order_of_scoring() -> None:
+    """To the last bit, where a passage lies in several windows."""
+    nll = np.random.default_rng(0).normal(300, 50, (8, 9))
+    rows = [
+        PassageRow(window, passage, float(nll[window, passage]), 90) for window, passage in np.ndindex(8, 9)
+    ]
+    assert summary(reversed(rows)) == summary(rows)
+    by_passage = sorted(rows, key=lambda row: (row.passage, -row.window))
+    assert summary(by_passage) == summary(rows)
 
 
 def test_standard_error_agrees_with_simulation() -> None:
     """Passages of uneven length with an effect of their own: the mean stderr is the estimate's spread."""
     generator = np.random.default_rng(0)
 
-    def experiment() -> tuple[float, float]:
+    def experiment() -> list[PassageRow]:
         sizes = generator.integers(20, 200, 60)
         effects = generator.normal(3.0, 0.5, 60)
         noise = generator.normal(0, 1, 60) * np.sqrt(sizes)
-        rows = [
+        return [
             PassageRow(0, index, float(size * effect + wobble), int(size))
             for index, (size, effect, wobble) in enumerate(zip(sizes, effects, noise, strict=True))
         ]
-        metric = summary(rows)["metrics"]["log_perplexity"]
-        return metric["value"], metric["stderr"]
 
-    values, errors = np.array([experiment() for _ in range(2000)]).T
-    assert errors.mean() == pytest.approx(values.std(), rel=0.06)
+    experiments = [experiment() for _ in range(2000)]
+    values = [sum(row.nll for row in rows) / sum(row.tokens for row in rows) for rows in experiments]
+    metrics = [summary(rows)["metrics"] for rows in experiments[:40]]
+    errors = [metric["log_perplexity"]["stderr"] for metric in metrics]
+    assert [metric["log_perplexity"]["value"] for metric in metrics] == pytest.approx(values[:40])
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.06)
+    relative = [metric["perplexity"]["stderr"] / metric["perplexity"]["value"] for metric in metrics]
+    assert np.mean(relative) == pytest.approx(np.mean(errors), rel=0.02)
+
+
+def test_the_stored_rows_give_the_standard_error_again() -> None:
+    """What a report resamples from the rows is what the cell's record says."""
+    rows = [PassageRow(0, index, 3.0 * index + index % 3, 1 + index) for index in range(12)]
+    stored = json.loads(json.dumps([row.sample() for row in reversed(rows)]))
+    names = ("passage", "nll", "tokens")
+    totals, tokens = resample.by_cluster(*([row[name] for row in stored] for name in names)).T
+    draws = resample.ratio_bootstrap(totals[:, None], tokens)
+    assert summary(rows)["metrics"]["log_perplexity"]["stderr"] == float(draws.std(ddof=1))
+
+
+def test_divergence_of_rows_by_hand() -> None:
+    rows = [
+        PassageRow(0, 0, 2.0, 2, (0.0, 0.5), 1),
+        PassageRow(0, 1, 3.0, 3, (0.25, 0.0, 0.75), 2),
+        PassageRow(1, 1, 9.0, 5),  # not compared
+    ]
+    found = summary(rows)
+    assert found["kl"]["mean"] == pytest.approx(1.5 / 5)
+    assert (found["kl"]["median"], found["kl"]["max"]) == (0.25, 0.75)
+    assert found["top1_agreement"]["value"] == pytest.approx(3 / 5)
+    assert found["kl_windows"] == 1
+    # Two passages: (0, 0), (0, 1), (1, 0), (1, 1) are drawn with equal probability.
+    assert found["kl"]["stderr"] == pytest.approx(np.std([1 / 4, 0.3, 0.3, 1 / 3]), rel=0.03)
+    assert found["top1_agreement"]["stderr"] == pytest.approx(np.std([1 / 2, 0.6, 0.6, 2 / 3]), rel=0.03)
+    assert summary(rows[:1])["kl"]["stderr"] is None
+    assert rows[1].sample() == {"window": 0, "passage": 1, "nll": 3.0, "tokens": 3, "kl": 1.0, "agree": 2}
+    assert rows[2].sample() == {"window": 1, "passage": 1, "nll": 9.0, "tokens": 5}
 
 
 def test_summary_of_one_passage_a_ruined_model_and_nothing() -> None:
     assert summary([PassageRow(0, 7, 4.0, 2)])["metrics"]["perplexity"]["stderr"] is None
     ruined = summary([PassageRow(0, 0, 1e4, 1), PassageRow(0, 1, 2e4, 1)])["metrics"]
     assert ruined["perplexity"]["value"] == math.inf
+    assert ruined["perplexity"]["stderr"] is None
     assert ruined["log_perplexity"]["value"] == pytest.approx(1.5e4)
     with pytest.raises(UserError, match="no perplexity windows"):
         summary([])

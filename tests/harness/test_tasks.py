@@ -42,6 +42,21 @@ ROWS = {
 }
 
 
+# The texts about which a task asks several questions.
+SOURCES = {
+    "asdiv_local": "body",
+    "boolq_local": "passage",
+    "piqa_local": "goal",
+    "social_iqa_local": "context",
+}
+
+
+def repeats(values: Any) -> bool:
+    """Whether a column of texts holds one twice."""
+    texts = [value for value in values if isinstance(value, str)]
+    return len(set(texts)) < len(texts)
+
+
 def local(name: str) -> Any:
     """lm-eval's task object of a local task."""
     return load(resolve([name])[0])[name]
@@ -93,6 +108,9 @@ def test_every_row_is_parsed_and_reaches_lm_eval(name: str, caplog: pytest.LogCa
     assert task.VERSION == 1.0
     assert LOCAL_TASKS[name].output_type == task.OUTPUT_TYPE
     assert LOCAL_TASKS[name].primary_metric in task.aggregation()
+    shared = {field for field in task.eval_docs.column_names if repeats(task.eval_docs[field])}
+    assert LOCAL_TASKS[name].source == SOURCES.get(name)
+    assert LOCAL_TASKS[name].source is None or LOCAL_TASKS[name].source in shared
     assert "Custom kwargs" not in caplog.text
 
 

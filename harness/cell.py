@@ -1,0 +1,418 @@
+"""One cell: what identifies it, and filling it - quantised once, then scored task by task.
+
+The record is written after every task, so that what a killed process had finished stays finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from harness import environment, store
+from harness.config import CellSpec, GridConfig
+from harness.evaluate import TaskPlan, batch_spread, float_reference, plan_tasks, run_task
+from harness.perturb import Perturbation
+from harness.progress import Steps
+from harness.store import Record
+from methods import artifacts, assets, lattice
+from methods.bits import Bits
+from methods.calibration import Corpus, contamination, load_corpus, token_windows
+from methods.checkpoint import Checkpoint, open_checkpoint
+from methods.errors import UserError
+from methods.kurtosis import block_input_kurtosis
+from methods.method import Artifact, Context
+from methods.pipeline import Pipeline, Quantised, effective_bits, model_bits, quantise
+
+PROBE_TOKENS = 1024
+
+
+@dataclass
+class Model:
+    """What the cells of one model share."""
+
+    checkpoint: Checkpoint
+    tasks: list[TaskPlan]
+    about: Record
+    probe: Tensor
+
+
+@dataclass
+class Calibration:
+    """The calibration text and what is on record about it."""
+
+    corpus: Corpus
+    about: Record
+
+    def tokens(self, model: Model, grid: GridConfig, pipeline: Pipeline, seed: int) -> Tensor:
+        samples, length = calibration_shape(grid, pipeline)
+        return token_windows(
+            self.corpus, model.checkpoint.tokenizer, samples=samples, length=length, seed=seed
+        )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cells of a run share beside their models."""
+
+    grid: GridConfig
+    calibration: Calibration
+    device: torch.device
+    command: str
+    perturbation: Perturbation | None = None
+
+
+def open_setting(grid: GridConfig, command: str, perturbation: Perturbation | None = None) -> Setting:
+    """Check the device, set the threads, read the calibration text. UserError for what cannot be had."""
+    device = environment.parse_device(grid.device)
+    if grid.threads is not None:
+        torch.set_num_threads(grid.threads)
+    corpus = load_corpus(grid.calibration.corpus, "calibration")
+    about: Record = {"name": corpus.name, "sha256": corpus.sha256, "source": corpus.source}
+    if grid.calibration.corpus != "boolq":
+        about["shared_13_grams_with_evaluation"] = contamination(corpus)
+    return Setting(grid, Calibration(corpus, about), device, command, perturbation)
+
+
+def open_model(name: str, grid: GridConfig) -> Model:
+    """Open a checkpoint and draw the documents of its tasks. UserError for what cannot be had."""
+    checkpoint = open_checkpoint(name)
+    length = min(PROBE_TOKENS, checkpoint.config.max_positions)
+    probe = token_windows(
+        load_corpus("boolq", "tuning"), checkpoint.tokenizer, samples=1, length=length, seed=0
+    )
+    about = {
+        "name": name,
+        "label": checkpoint.label,
+        "sha256": checkpoint.sha256,
+        "family": checkpoint.config.family,
+        "parameters": sum(tensor.numel() for tensor in checkpoint.tensors().values()),
+        "pre_quantised": lattice.measure(checkpoint),
+    }
+    return Model(checkpoint, plan_tasks(grid, checkpoint), about, probe)
+
+
+def calibration_shape(grid: GridConfig, pipeline: Pipeline) -> tuple[int, int]:
+    """Calibration sequences and their length: the method's own options, else (but for paper presets) the
+    grid's, else the preset's."""
+    lead = pipeline.lead
+    samples, length = lead.calibration_shape()
+    if lead.preset == "paper":
+        return samples, length
+    return (
+        lead.samples or grid.calibration.samples or samples,
+        lead.length or grid.calibration.length or length,
+    )
+
+
+def identity(cell: CellSpec, model: Model, setting: Setting) -> Record:
+    """Everything that can change a cell's numbers, tasks aside: those carry keys of their own."""
+    grid, pipeline = setting.grid, cell.pipeline
+    samples, length = calibration_shape(grid, pipeline)
+    calibrated = pipeline.calibrates(Bits.parse(cell.bits), grid.quantiser)
+    perturbed = {} if setting.perturbation is None else dataclasses.asdict(setting.perturbation)
+    return {
+        "model": model.about["sha256"],
+        "method": method_record(pipeline),
+        "bits": cell.bits,
+        "seed": cell.seed,
+        "execution": "simulate",
+        "quantiser": dataclasses.asdict(grid.quantiser),
+        "calibration": {**setting.calibration.about, "samples": samples, "length": length}
+        if calibrated
+        else None,
+        "dtype": grid.dtype,
+        "batch_size": grid.batch_size if setting.device.type != "cpu" else None,
+        **({"perturbation": perturbed} if perturbed else {}),
+        "environment": environment.describe(setting.device),
+    }
+
+
+def method_record(pipeline: Pipeline) -> Record:
+    rounding = "" if pipeline.name == pipeline.rounding or pipeline.is_float else f" ({pipeline.rounding})"
+    preset = " [paper preset]" if any(part.preset == "paper" for part in pipeline.parts) else ""
+    return {
+        "row": _row_name(pipeline) + rounding + preset,
+        "spec": pipeline.spec,
+        "name": pipeline.name,
+        "rounding": pipeline.rounding,
+        "preset": pipeline.lead.preset,
+        "options": {part.name: dataclasses.asdict(part) for part in pipeline.parts},
+        "plugins": {part.name: environment.plugin_digest(type(part)) for part in pipeline.parts},
+        "paper": "; ".join(part.paper for part in pipeline.parts),
+    }
+
+
+def _row_name(pipeline: Pipeline) -> str:
+    """The method's name with those options that differ from its defaults, rounding and preset aside."""
+    names = []
+    for part in pipeline.parts:
+        defaults = dataclasses.asdict(type(part)())
+        changed = [
+            f"{key}={value}"
+            for key, value in dataclasses.asdict(part).items()
+            if value != defaults[key] and key not in ("rounding", "preset")
+        ]
+        names.append(part.name + (f":{';'.join(changed)}" if changed else ""))
+    return "+".join(names)
+
+
+def digest(value: Record) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def new_record(about: Record, model: Model, setting: Setting) -> Record:
+    """The record of a cell of which nothing is known yet. `about`: its identity."""
+    return {
+        "schema": store.SCHEMA,
+        "id": digest(about),
+        "status": "partial",
+        "failure": None,
+        **about,
+        "model": model.about,
+        "effective_bits": None,
+        "tasks": {},
+        "diagnostics": {},
+        "measured": {
+            "seconds": {},
+            "tasks": {},
+            "started": store.now(),
+            "command": setting.command,
+            "commit": environment.commit(),
+            "platform": environment.platform_name(),
+        },
+    }
+
+
+def units(cell: CellSpec, grid: GridConfig, model: Model) -> float:
+    """Estimated cost of a cell in tokens."""
+    return quantising_units(cell, grid) + sum(plan.units(grid) for plan in model.tasks)
+
+
+def quantising_units(cell: CellSpec, grid: GridConfig) -> float:
+    pipeline = cell.pipeline
+    if pipeline.is_float:
+        return 500.0
+    samples, length = calibration_shape(grid, pipeline)
+    # GPTQ passes the calibration text through each block about three times and then solves; rounding to
+    # nearest takes as long as some ten thousand tokens.
+    return 3.0 * samples * length if pipeline.rounding == "gptq" else 10_000.0
+
+
+def settled(folder: Path, model: Model, retry_failed: bool, say: Callable[[str], None]) -> Record | None:
+    """The record of a cell that needs no work: all tasks asked for are on it, or it has failed and is not to
+    be retried. The caller holds the lease."""
+    record = store.read_record(folder, say)
+    if record is None:
+        return None
+    kept = _kept(record, model, retry_failed)
+    if record["failure"] and not retry_failed:
+        return record | {"tasks": kept}
+    if record["failure"] or not {plan.name for plan in model.tasks} <= kept.keys():
+        return None
+    record |= {"tasks": kept, "status": _status(kept, model)}
+    store.write_record(folder, record)
+    return record
+
+
+def _kept(record: Record, model: Model, retry_failed: bool) -> Record:
+    """The tasks of an earlier record that still hold: those of other lists stay, those made under another
+    key are made anew."""
+    asked = {plan.name: plan for plan in model.tasks}
+    return {
+        name: task
+        for name, task in record["tasks"].items()
+        if (name not in asked or task["key"] == asked[name].key)
+        and (task["status"] == "done" or not retry_failed)
+    }
+
+
+def _status(tasks: Record, model: Model) -> str:
+    """done where every task asked for is."""
+    found = (tasks.get(plan.name, {}) for plan in model.tasks)
+    return "done" if all(task.get("status") == "done" for task in found) else "partial"
+
+
+@dataclass
+class CellRun:
+    """One cell on its way. The caller holds the lease of `folder`."""
+
+    cell: CellSpec
+    model: Model
+    setting: Setting
+    folder: Path
+    steps: Steps
+
+    def run(self, retry_failed: bool = False) -> Record:
+        """Do what is missing; return what is then on record."""
+        about = identity(self.cell, self.model, self.setting)
+        record = new_record(about, self.model, self.setting)
+        previous = store.read_record(self.folder)
+        if previous is not None:
+            record["tasks"] = _kept(previous, self.model, retry_failed)
+            seconds = previous["measured"].get("tasks", {})
+            record["measured"]["tasks"] = {name: seconds[name] for name in record["tasks"] if name in seconds}
+        store.note(self.folder, "started", kept=sorted(record["tasks"]))
+        with environment.PeakMemory(self.setting.device) as memory:
+            try:
+                self._fill(record)
+            except Exception as error:  # noqa: BLE001 - it is recorded and the other cells go on
+                record |= {"status": "failed", "failure": failure(self.steps.stage, error)}
+        record["measured"] |= {**memory.record(), "finished": store.now()}
+        store.write_record(self.folder, record)
+        store.note(self.folder, "finished", status=record["status"])
+        return record
+
+    def _fill(self, record: Record) -> None:
+        grid = self.setting.grid
+        with self.steps.step("quantise", quantising_units(self.cell, grid)):
+            quantised = self._quantise()
+            record["method"] = {**record["method"], "notes": quantised.notes}
+            record["effective_bits"] = {
+                **effective_bits(quantised.decoder, quantised.plan),
+                "model": model_bits(quantised.decoder, quantised.plan) / self.model.about["parameters"],
+            }
+            record["diagnostics"] = self._diagnostics(quantised)
+            record["measured"]["seconds"] |= quantised.seconds
+        for plan in self.model.tasks:
+            with self.steps.step(plan.name, plan.units(grid)):
+                if plan.name not in record["tasks"]:
+                    started = time.perf_counter()
+                    record["tasks"][plan.name] = self._score(quantised, plan)
+                    record["measured"]["tasks"][plan.name] = time.perf_counter() - started
+                    store.write_record(self.folder, record)
+                    store.note(self.folder, "task", task=plan.name, key=plan.key)
+        if self.setting.device.type != "cpu":
+            self._measure_batch_spread(record, quantised)
+        seconds = record["measured"]["tasks"]
+        evaluating = sum(seconds.get(plan.name, 0.0) for plan in self.model.tasks)
+        record["measured"]["seconds"]["evaluate"] = evaluating
+        record["status"] = _status(record["tasks"], self.model)
+
+    @property
+    def _checkpoint(self) -> Checkpoint:
+        perturbation = self.setting.perturbation
+        checkpoint = self.model.checkpoint
+        return checkpoint if perturbation is None else perturbation.checkpoint(checkpoint)
+
+    def _quantise(self) -> Quantised:
+        grid, pipeline, bits = self.setting.grid, self.cell.pipeline, Bits.parse(self.cell.bits)
+        tokens = None
+        if pipeline.calibrates(bits, grid.quantiser):
+            tokens = self.setting.calibration.tokens(self.model, grid, pipeline, self.cell.seed)
+        return quantise(
+            self._checkpoint,
+            pipeline,
+            bits,
+            Context(
+                self.setting.device,
+                self.cell.seed,
+                lambda _, done, total: self.steps.advance(done, total),
+                # What is learned from a perturbed model must not serve the others.
+                artifact_folder() if self.setting.perturbation is None else None,
+            ),
+            settings=grid.quantiser,
+            calibration=tokens,
+            probe=None if pipeline.is_float else self.model.probe,
+            dtype=self._dtype,
+        )
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.setting.grid.dtype)
+        return dtype
+
+    def _diagnostics(self, quantised: Quantised) -> Record:
+        before = self._kurtosis_before() if quantised.kurtosis else {}
+        return {
+            "kurtosis": [
+                {
+                    "layer": site.layer,
+                    "site": site.site,
+                    "before": before[f"{site.layer} {site.site}"],
+                    "after": site.value,
+                }
+                for site in quantised.kurtosis
+            ],
+            "weight_error": [dataclasses.asdict(error) for error in quantised.rounding_errors],
+        }
+
+    def _kurtosis_before(self) -> dict[str, float]:
+        """Kurtosis of the checkpoint as it is, measured once for all its cells."""
+        device = self.setting.device
+
+        def measure() -> Artifact:
+            plain = self.model.checkpoint.load(self._dtype)
+            sites = block_input_kurtosis(plain, self.model.probe, device)
+            return Artifact(meta={f"{site.layer} {site.site}": site.value for site in sites})
+
+        about = {
+            "what": "kurtosis of block inputs",
+            "model": self.model.about["sha256"],
+            "dtype": str(self._dtype),
+            "probe": hashlib.sha256(self.model.probe.numpy().tobytes()).hexdigest(),
+            "environment": environment.describe(device),
+        }
+        return artifacts.stored(artifact_folder(), about, measure).meta
+
+    def _score(self, quantised: Quantised, plan: TaskPlan) -> Record:
+        grid, checkpoint, perturbation = self.setting.grid, self.model.checkpoint, self.setting.perturbation
+        outcome: Record = {
+            "status": "failed",
+            "key": plan.key,
+            "n": len(plan.ids),
+            "available": plan.available,
+            "protocol": plan.protocol,
+            **plan.about,
+            "metrics": {},
+            "samples": None,
+            "samples_sha256": None,
+            "failure": None,
+        }
+        try:
+            reference = None
+            if not self.cell.pipeline.is_float:
+                reference = float_reference(checkpoint, plan, grid, self.setting.device, artifact_folder())
+            ordered = plan if perturbation is None else perturbation.order(plan)
+            result = run_task(
+                quantised.decoder, checkpoint, ordered, grid, self.steps.advance, reference=reference
+            )
+            samples = store.write_samples(self.folder, plan.name, result.rows)
+        except Exception as error:  # noqa: BLE001 - recorded; the cell's other tasks go on
+            return outcome | {"failure": failure(plan.name, error)}
+        return outcome | {"status": "done", "metrics": result.metrics, **result.facts, **samples}
+
+    def _measure_batch_spread(self, record: Record, quantised: Quantised) -> None:
+        """On a GPU scores move with the batch: by how much, on the first multiple-choice task."""
+        for plan in self.model.tasks:
+            spread = batch_spread(quantised.decoder, self.model.checkpoint, plan, self.setting.grid)
+            if spread is not None:
+                record["diagnostics"]["batch_spread"] = spread
+                return
+
+
+def artifact_folder() -> Path:
+    return assets.home() / "artifacts"
+
+
+def failure(stage: str, error: Exception) -> Record:
+    """What goes on record about an error: a user's mistake in its one line, a bug with its trace."""
+    if isinstance(error, UserError):
+        return {"stage": stage, "kind": "error", "message": str(error), "trace": None, "output": None}
+    text = " ".join(str(error).split())[:500] or type(error).__name__
+    lacking = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
+    return {
+        "stage": stage,
+        "kind": "out of memory" if lacking else type(error).__name__,
+        "message": text,
+        "trace": "".join(traceback.format_exception(error)[-6:]),
+        "output": None,
+    }

@@ -1,0 +1,251 @@
+"""Cells in processes of their own: kills, crashes, hangs and what is on record of them afterwards.
+
+The command runs as a user runs it, as a process; methods that misbehave come from a package of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import store
+from methods import assets
+from tests.harness.small_grid import contents, save_model, tasks_done, write_grid
+
+PLUGIN = '''
+import os, time
+from dataclasses import dataclass
+from typing import ClassVar
+import torch
+from methods.method import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crash(Method):
+    name: ClassVar[str] = "crash"
+
+    def transform(self, model, artifact):
+        print("the last words of this cell")
+        os.abort()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hang(Method):
+    name: ClassVar[str] = "hang"
+
+    def transform(self, model, artifact):
+        time.sleep(10_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hog(Method):
+    name: ClassVar[str] = "hog"
+
+    def transform(self, model, artifact):
+        torch.empty(2**55)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ruin(Method):
+    name: ClassVar[str] = "ruin"
+
+    def transform(self, model, artifact):
+        model.norm.weight.mul_(float("nan"))
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moody(Method):
+    """Crashes while the file that MOODY names is there."""
+
+    name: ClassVar[str] = "moody"
+
+    def transform(self, model, artifact):
+        if os.path.exists(os.environ["MOODY"]):
+            os._exit(7)
+        return model
+'''
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("model") / "small")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, str]:
+    """That of a machine on which the methods above are installed."""
+    site = tmp_path_factory.mktemp("site")
+    (site / "misbehaving.py").write_text(PLUGIN)
+    info = site / "misbehaving-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: misbehaving\nVersion: 1.0\n")
+    names = {"crash": "Crash", "hang": "Hang", "hog": "Hog", "ruin": "Ruin", "moody": "Moody"}
+    points = "".join(f"{name} = misbehaving:{cls}\n" for name, cls in names.items())
+    (info / "entry_points.txt").write_text(f"[quantgrid.methods]\n{points}")
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(root), str(site))),
+        "OMP_NUM_THREADS": "1",
+        "MOODY": str(site / "moody"),
+    }
+
+
+def start(grid: Path, out: Path, environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
+    out.parent.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "harness.grid", str(grid), "--out", out.name, "--quiet", *arguments],
+        cwd=out.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output = process.communicate(timeout=400)[0]
+    return process.returncode, output
+
+
+def records(out: Path) -> dict[str, dict[str, Any]]:
+    found = (json.loads(path.read_text()) for path in out.glob(f"*/{store.RECORD}"))
+    return {record["method"]["name"]: record for record in found}
+
+
+def test_what_befalls_a_cell_is_recorded_and_the_grid_goes_on(
+    model: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    methods = ("crash", "hang", "hog", "ruin", "rtn")
+    grid = write_grid(
+        tmp_path / "grid.yaml", model, methods=methods, tasks=["perplexity_wikipedia"], time_limit=0.75
+    )
+    code, output = finish(start(grid, tmp_path / "out", environment))
+    assert code == 1, output
+    found = records(tmp_path / "out")
+    assert found["rtn"]["status"] == "done", output
+    failures = {name: found[name]["failure"] for name in ("crash", "hang", "hog")}
+    assert {name: item["kind"] for name, item in failures.items()} == {
+        "crash": "crash",
+        "hang": "hang",
+        "hog": "out of memory",
+    }
+    assert {item["stage"] for item in failures.values()} == {"quantise"}
+    assert "SIGABRT" in failures["crash"]["message"]
+    assert "the last words of this cell" in failures["crash"]["output"]
+    assert "0.75 minutes" in failures["hang"]["message"]
+    task = found["ruin"]["tasks"]["perplexity_wikipedia"]
+    assert (task["status"], found["ruin"]["status"]) == ("failed", "partial")
+    assert "not finite" in task["failure"]["message"]
+    # Each in a process of its own, whose memory went with it.
+    events = [store.read_history(tmp_path / "out" / record["id"]) for record in found.values()]
+    assert len({event["pid"] for cell in events for event in cell if event["event"] == "started"}) == 5
+
+
+def test_a_crash_is_kept_until_it_is_retried(model: str, tmp_path: Path, environment: dict[str, str]) -> None:
+    grid = write_grid(tmp_path / "grid.yaml", model, methods=["moody"], tasks=["piqa_local"])
+    mood = Path(environment["MOODY"])
+    mood.touch()
+    assert finish(start(grid, tmp_path / "out", environment))[0] == 1
+    mood.unlink()
+    before = records(tmp_path / "out")["moody"]
+    assert "exit status 7" in before["failure"]["message"]
+    assert finish(start(grid, tmp_path / "out", environment))[0] == 1  # not again by itself
+    assert records(tmp_path / "out")["moody"] == before
+    assert finish(start(grid, tmp_path / "out", environment, "--retry-failed"))[0] == 0
+    assert records(tmp_path / "out")["moody"]["failure"] is None
+
+
+def workers(parent: int) -> list[int]:
+    """Processes that `parent` has started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == parent and fields[0] != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes by /proc")
+def test_kills_at_random_moments_lose_and_repeat_nothing(
+    model: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """kill -9 of the command or of its worker, then the same command again."""
+    grid = write_grid(tmp_path / "grid.yaml", model, methods=["float", "quarot"])
+    whole, out, draw = tmp_path / "whole" / "run", tmp_path / "killed" / "run", random.Random(5)
+    began = time.monotonic()
+    assert finish(start(grid, whole, environment))[0] == 0
+    took = time.monotonic() - began
+    for kill in range(4):
+        process = start(grid, out, environment)
+        time.sleep(draw.uniform(0.2, 1.0) * took)
+        children = workers(process.pid)
+        victims = children if kill % 2 and children else [process.pid]
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+        process.kill()
+        process.communicate(timeout=60)
+        deadline = time.monotonic() + 20  # a worker ends with the command that wanted it
+        while any(Path(f"/proc/{child}/stat").exists() and _alive(child) for child in children):
+            assert time.monotonic() < deadline, "a worker outlives its command"
+            time.sleep(0.05)
+    assert finish(start(grid, out, environment, "--retry-failed"))[0] == 0  # killed workers count as crashes
+    assert finish(start(grid, out, environment))[0] == 0
+    assert contents(out) == contents(whole)
+    done = tasks_done(out)
+    assert len(done) == len(set(done)) == 2 * 3
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_two_commands_fill_one_store(model: str, tmp_path: Path, environment: dict[str, str]) -> None:
+    grid = write_grid(tmp_path / "grid.yaml", model, methods=["float", "rtn"], bits=["w4a4kv4", "w4a16"])
+    out = tmp_path / "out"
+    both = [start(grid, out, environment) for _ in range(2)]
+    for process in both:
+        code, output = finish(process)
+        assert code == 0, output
+    done = tasks_done(out)
+    assert len(done) == len(set(done)) == 3 * 3
+    starts = [e["pid"] for path in out.glob("*/history.jsonl") for e in store.read_history(path.parent)]
+    assert len(set(starts)) == 3  # one worker a cell, whichever command started it
+
+
+def test_a_damaged_artifact_is_named_and_made_again(
+    model: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """What cells share beside their records: here the float model's kurtosis."""
+    grid = write_grid(tmp_path / "grid.yaml", model, methods=["rtn"], tasks=["piqa_local"])
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("assets", "calibration"):
+        (assets.home() / name).mkdir(parents=True, exist_ok=True)
+        (home / name).symlink_to(assets.home() / name)
+    environment = {**environment, "QUANTGRID_HOME": str(home)}
+    assert finish(start(grid, tmp_path / "first", environment))[0] == 0
+    (artifact,) = (home / "artifacts").glob("*.json")
+    whole = artifact.read_bytes()
+    artifact.write_bytes(whole.replace(b"0 attention", b"1 attention"))
+    code, output = finish(start(grid, tmp_path / "second", environment))
+    assert code == 0
+    assert f"{artifact} is damaged" in output
+    assert artifact.read_bytes() == whole
+    first, second = (records(tmp_path / name)["rtn"] for name in ("first", "second"))
+    assert first["sha256"] == second["sha256"]
