@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -250,6 +251,8 @@ class CellRun:
     setting: Setting
     folder: Path
     steps: Steps
+    output: Path | None = None
+    """Where what is printed goes, of which the end is recorded with a failure."""
 
     def run(self, retry_failed: bool = False) -> Record:
         """Do what is missing; return what is then on record."""
@@ -265,7 +268,7 @@ class CellRun:
             try:
                 self._fill(record)
             except Exception as error:  # noqa: BLE001 - it is recorded and the other cells go on
-                record |= {"status": "failed", "failure": failure(self.steps.stage, error)}
+                record |= {"status": "failed", "failure": self._failure(self.steps.stage, error)}
         record["measured"] |= {**memory.record(), "finished": store.now()}
         store.write_record(self.folder, record)
         store.note(self.folder, "finished", status=record["status"])
@@ -280,7 +283,7 @@ class CellRun:
                 **effective_bits(quantised.decoder, quantised.plan),
                 "model": model_bits(quantised.decoder, quantised.plan) / self.model.about["parameters"],
             }
-            record["diagnostics"] = self._diagnostics(quantised)
+            record["diagnostics"] = self._diagnostics(quantised) | self._batch_spread(quantised)
             record["measured"]["seconds"] |= quantised.seconds
         for plan in self.model.tasks:
             with self.steps.step(plan.name, plan.units(grid)):
@@ -288,14 +291,18 @@ class CellRun:
                     started = time.perf_counter()
                     record["tasks"][plan.name] = self._score(quantised, plan)
                     record["measured"]["tasks"][plan.name] = time.perf_counter() - started
+                    record["tasks"] = self._in_order(record["tasks"])
                     store.write_record(self.folder, record)
                     store.note(self.folder, "task", task=plan.name, key=plan.key)
-        if self.setting.device.type != "cpu":
-            self._measure_batch_spread(record, quantised)
         seconds = record["measured"]["tasks"]
         evaluating = sum(seconds.get(plan.name, 0.0) for plan in self.model.tasks)
         record["measured"]["seconds"]["evaluate"] = evaluating
         record["status"] = _status(record["tasks"], self.model)
+
+    def _in_order(self, tasks: Record) -> Record:
+        """The grid's tasks in its order, then the others: whatever the order in which they were made."""
+        names = [plan.name for plan in self.model.tasks if plan.name in tasks]
+        return {name: tasks[name] for name in (*names, *sorted(tasks.keys() - set(names)))}
 
     @property
     def _checkpoint(self) -> Checkpoint:
@@ -387,16 +394,22 @@ class CellRun:
             )
             samples = store.write_samples(self.folder, plan.name, result.rows)
         except Exception as error:  # noqa: BLE001 - recorded; the cell's other tasks go on
-            return outcome | {"failure": failure(plan.name, error)}
+            return outcome | {"failure": self._failure(plan.name, error)}
         return outcome | {"status": "done", "metrics": result.metrics, **result.facts, **samples}
 
-    def _measure_batch_spread(self, record: Record, quantised: Quantised) -> None:
+    def _failure(self, stage: str, error: Exception) -> Record:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        output = store.tail(self.output) if self.output else ""
+        return failure(stage, error) | {"output": output or None}
+
+    def _batch_spread(self, quantised: Quantised) -> Record:
         """On a GPU scores move with the batch: by how much, on the first multiple-choice task."""
-        for plan in self.model.tasks:
+        for plan in self.model.tasks if self.setting.device.type != "cpu" else ():
             spread = batch_spread(quantised.decoder, self.model.checkpoint, plan, self.setting.grid)
             if spread is not None:
-                record["diagnostics"]["batch_spread"] = spread
-                return
+                return {"batch_spread": spread}
+        return {}
 
 
 def artifact_folder() -> Path:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import inference, stats, store
-from harness.records import Cell, Column, columns_of, read_cell, read_run
+from harness.records import Cell, Column, columns_of, os_reason, read_cell, read_run
 from harness.stats import Estimate, Paired
 from harness.tables import p_text, perplexity_of, plain, signed, table
 from methods.distribution import refuse_foreign_kernels
@@ -33,10 +33,18 @@ SETTINGS = (
 PROTOCOL = ("version", "protocol", "n_shot", "text")
 NOTE = """\
 B minus A over the same documents; brackets are 95 % intervals. Perplexity: A and B are perplexities, the \
-difference is that of their logarithms, interval and p by bootstrap over passages, of which there are n. \
+difference is that of their logarithms, interval and p by bootstrap over passages, of which there are n \
+(two or three: by Student's t). \
 Accuracy in %: p by McNemar's exact test over n documents, lost and gained are the answers that turned \
 wrong and right. Right answer: change of its mean log-likelihood in nats. Marks follow p (Holm), corrected \
 for the {count} comparisons here: `*` below 5 %, `**` below 1 %."""
+
+OTHER_TESTS = {
+    "paired t": "the means are compared, interval and p by paired t over n documents",
+    "bootstrap over clusters": "the means are compared, interval and p by bootstrap over the texts that "
+    "questions share",
+}
+"""What the comparison says of metrics that the note does not cover, by `Paired.test`."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,10 @@ class Comparison:
 
 
 def open_side(text: str) -> Side:
-    """A run folder, a cell's folder, or RUN_FOLDER:CELL_ID_PREFIX; UserError where it is neither."""
+    """A run folder, a cell's folder or its cell.json, or RUN_FOLDER:CELL_ID_PREFIX; UserError where it is
+    none of them."""
     path = Path(text)
+    path = path.parent if path.name == store.RECORD and path.is_file() else path
     if (path / store.RECORD).is_file():
         return Side(text, [_cell(path)], False, [])
     if path.is_dir() or ":" not in text:
@@ -242,6 +252,9 @@ def markdown(a: Side, b: Side, comparison: Comparison) -> str:
     if clustered:
         shared = "questions share texts, so the answers to one text change sign together in McNemar's test"
         text.append(f"{', '.join(clustered)}: {shared}.")
+    for test, said in OTHER_TESTS.items():
+        tasks = dict.fromkeys(x.column.task for x in comparison.lines if x.paired.test == test)
+        text += [f"{', '.join(tasks)}: neither right or wrong nor perplexity, so {said}."] if tasks else []
     text.append("Both sides scored the same documents: every hash agrees.")
     if comparison.settings:
         rows = [[name, *values] for name, values in comparison.settings.items()]
@@ -354,6 +367,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         comparison = compare(a, b)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {os_reason(error)}", file=sys.stderr)
         return 2
     if arguments.json:
         print(json.dumps(as_json(a, b, comparison), indent=1, allow_nan=False))

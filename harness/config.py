@@ -73,7 +73,7 @@ class GridConfig(_Strict):
     batch_size: int = Field(default=1, ge=1)
     max_length: int = Field(default=2048, ge=16)
     perplexity_length: int = Field(default=2048, ge=16)
-    time_limit: float = Field(default=1440, gt=0)
+    time_limit: float = Field(default=1440, gt=0, allow_inf_nan=False)
 
     @field_validator("methods", mode="before")
     @classmethod

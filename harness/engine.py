@@ -6,6 +6,7 @@ is given again, and several runs may fill one store at a time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -38,7 +39,6 @@ from harness.store import Record
 from harness.worker import Job
 from methods.errors import UserError
 
-_OUTPUT_LINES = 20
 _POLL_SECONDS = 1.0
 
 
@@ -74,6 +74,7 @@ def run_grid(
         "tasks": tasks,
         "grid": grid.model_dump(mode="json"),
     }
+    store.sweep(out)
     store.write_json(out / store.MANIFEST, manifest)
     found: dict[str, Record] = {}
     with Progress(sum(units(cell, grid, models[cell.model]) for cell in cells), quiet) as progress:
@@ -176,7 +177,7 @@ class _Work:
 
     def _record_death(self, record: Record | None, stage: str, status: int | None, killed: bool) -> Record:
         record = record or new_record(identity(self.cell, self.model, self.setting), self.model, self.setting)
-        output = tail(self.folder / store.OUTPUT)
+        output = store.tail(self.folder / store.OUTPUT)
         record |= {"status": "failed", "failure": death(stage, status, self.setting.grid, killed, output)}
         record["measured"]["finished"] = store.now()
         store.write_record(self.folder, record)
@@ -213,8 +214,13 @@ def watch(job: Job, seconds: float, show: Callable[[Event], None]) -> tuple[Even
             process.stdin.flush()
             while True:
                 left = deadline - time.monotonic()
-                if left <= 0 or not selector.select(left):
+                if left <= 0:
                     return last, stage, None
+                if not selector.select(min(left, _POLL_SECONDS)):
+                    # A process that it has forked may keep the pipe open after its death.
+                    if process.poll() is not None:
+                        return last, stage, process.returncode
+                    continue
                 data = os.read(process.stdout.fileno(), 65536)
                 if not data:
                     return last, stage, process.wait()
@@ -226,7 +232,8 @@ def watch(job: Job, seconds: float, show: Callable[[Event], None]) -> tuple[Even
     except BrokenPipeError:
         return last, stage, process.wait()
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with whatever it has started
         process.wait()
         process.stdin.close()
         process.stdout.close()
@@ -245,11 +252,3 @@ def death(stage: str, status: int | None, grid: GridConfig, oom: bool, output: s
     else:
         kind, message = "crash", f"the cell's process ended with exit status {status}"
     return {"stage": stage, "kind": kind, "message": message, "trace": None, "output": output or None}
-
-
-def tail(path: Path) -> str:
-    """The last lines of a cell's output."""
-    try:
-        return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-_OUTPUT_LINES:])
-    except OSError:
-        return ""

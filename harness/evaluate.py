@@ -79,7 +79,9 @@ def plan_tasks(grid: GridConfig, checkpoint: Checkpoint) -> list[TaskPlan]:
             ids = perplexity.draw(len(windows), limit, grid.subset_seed)
             data = divergence.tokens_sha256(windows.tokens[ids])
             text = perplexity.protocol(grid.perplexity_length)
-            about = {"text": resolved.text, "data": data}
+            # Which windows are compared with the float model, window by window (harness/divergence.py).
+            first = perplexity.draw(len(windows), divergence.KL_WINDOWS, grid.subset_seed)
+            about = {"text": resolved.text, "data": data, "float_windows": sorted(set(first) & set(ids))}
             plans.append(TaskPlan(resolved.name, resolved, tuple(ids), len(windows), text, about))
             continue
         for name, task in _loaded(resolved).items():
@@ -144,8 +146,7 @@ def float_reference(
     if plan.resolved.kind != "perplexity":
         return None
     windows = _windows(checkpoint, str(plan.resolved.text), grid.perplexity_length)
-    first = perplexity.draw(len(windows), divergence.KL_WINDOWS, grid.subset_seed)
-    ids = sorted(set(first) & set(plan.ids))
+    ids = plan.about["float_windows"]
     dtype = getattr(torch, grid.dtype)
     return divergence.reference(checkpoint, windows.tokens, ids, dtype, device, cache_folder) if ids else None
 

@@ -19,11 +19,11 @@ PRIMARY = """\
 The one comparison that this report was made for: each method's log-perplexity minus QuaRot's on {task}, \
 over the same passages, within one bit-width. Below zero the method is better than QuaRot; 0.01 is 1 % of \
 perplexity. Interval (95 %) and p are the bootstrap's over passages (bootstrap-t, 10,000 resamples, p = (1 \
-+ as extreme) / (1 + resamples)); with several seeds the seeds' own spread is added and both are Student's \
-t. `p (Holm)` is corrected for the number of methods at that bit-width, and the marks follow it: `*` at 5 \
-%, `**` at 1 %. The last column is the smallest true difference that one such comparison would see with 80 \
-% power. Everything after this section is exploratory: not corrected for the number of comparisons, good \
-for questions and not for claims."""
++ as extreme) / (1 + resamples); with two or three passages Student's t); with several seeds the seeds' own \
+spread is added and both are Student's t. `p (Holm)` is corrected for the number of methods at that \
+bit-width, and the marks follow it: `*` at 5 %, `**` at 1 %. The last column is the smallest true difference \
+that one such comparison would see with 80 % power. Everything after this section is exploratory: not \
+corrected for the number of comparisons, good for questions and not for claims."""
 RULE = (
     "QuaRot is the row of method `quarot` with default options, else the only `quarot` row of the bit-width."
 )
@@ -35,9 +35,11 @@ of seeds shrinks. Differences are paired by seed; a method without randomness ru
 every pair."""
 POWER = """\
 The smallest true difference that a two-sided test at 5 % would see in 80 % of runs of this size, from the \
-paired standard errors and the flips at hand (median over the methods of a bit-width, one comparison, no \
-correction). What is smaller can be real and go unseen. The last column is how many documents would show a \
-difference of one point of accuracy."""
+paired standard errors at hand (median over the methods of a bit-width, one comparison, no correction): of \
+log-perplexity, and of mean accuracy over tasks as in the difference to float. What is smaller can be real \
+and go unseen. `flips` is the share of all documents whose answer changes between right and wrong; the last \
+column is how many documents a single task would need to show one point of accuracy with as many flips, if \
+no questions shared a text."""
 
 Differences = Mapping[Row, Sequence[Mapping[str, Paired]]]
 """For every row and each of its seeds: task -> paired difference to a reference."""
@@ -189,28 +191,31 @@ def power_section(model: Model, comparisons: Sequence[Comparison], to_float: Dif
         pairs = [pairs for row, pairs in to_float.items() if row.bits == bits]
         against = [found.difference for found in comparisons if found.row.bits == bits]
         floats = [inference.over_seeds(seeds) for p in pairs if column and (seeds := over(p, [column]))]
+        means = [inference.over_seeds(seeds) for p in pairs if (seeds := over(p, model.accuracies))]
         shares, documents = _flips(pairs, model.accuracies)
-        line = [bits, _visible(against), _visible(floats)]
+        line = [bits, _visible(against), _visible(floats), _visible(means, "accuracy")]
         if shares:
             flips = statistics.median(shares)
-            sees = 100 * inference.detectable_accuracy(flips, documents)
             needed = f"{math.ceil(inference.documents_for(0.01, flips)):,}" if flips else "–"
-            line += [f"{documents:,}", f"{100 * flips:.1f}", f"{sees:.1f}" if flips else "–", needed]
+            line += [f"{documents:,}", f"{100 * flips:.1f}", needed]
         else:
-            line += ["–"] * 4
+            line += ["–"] * 3
         lines.append(line)
     if not any(set(line[1:]) - {"–"} for line in lines):
         return []
     log = f"Δ log-{column.title}" if column else "Δ log-perplexity"
-    head = ["bits", f"{log} to QuaRot", f"{log} to float", "documents", "flips (%)"]
-    head += ["Δ accuracy to float (points)", "documents for 1 point"]
+    head = ["bits", f"{log} to QuaRot", f"{log} to float", "Δ mean accuracy to float (points)"]
+    head += ["documents", "flips (%)", "documents of one task for 1 point"]
     return ["### What this run can see", POWER, table(head, lines)]
 
 
-def _visible(differences: Sequence[Estimate]) -> str:
+def _visible(differences: Sequence[Estimate], kind: str = "perplexity") -> str:
     seen = [inference.detectable(estimate.stderr, estimate.df) for estimate in differences]
     known = [value for value in seen if math.isfinite(value)]
-    return f"{statistics.median(known):.3f}" if known else "–"
+    if not known:
+        return "–"
+    sees = statistics.median(known)
+    return f"{100 * sees:.1f}" if kind == "accuracy" else f"{sees:.3f}"
 
 
 def _flips(

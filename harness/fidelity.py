@@ -10,7 +10,7 @@ from harness import inference, stats
 from harness.evidence import Differences, answers, over
 from harness.records import Cell, Column, Model, Record, Row, number, same_seeds
 from harness.stats import Estimate
-from harness.tables import distinct, plain, signed, table
+from harness.tables import distinct, plain, signed, table, with_error
 
 DIFFERENCES = """\
 Method minus float (exploratory): a positive Δ log-perplexity and a negative Δ accuracy are losses. \
@@ -30,8 +30,9 @@ only their difference. Then the mean log-likelihood of the right answer of each 
 accuracy does."""
 RECOVERY = """\
 (accuracy - chance) / (float's accuracy - chance) in %, with the 95 % interval of a bootstrap that draws \
-the same documents for both (exploratory). Shown only where float exceeds both chance and always giving \
-the most frequent answer by three standard errors; elsewhere the quotient would be noise."""
+the same documents for both (exploratory); with several seeds their mean, with the interval of Student's t \
+that joins the documents' error and the seeds' own. Shown only where float exceeds both chance and always \
+giving the most frequent answer by three standard errors; elsewhere the quotient would be noise."""
 SURE = 3.0
 
 
@@ -76,8 +77,8 @@ def _divergence(model: Model) -> list[str]:
             kl = inference.over_seeds([_fact(entry, "kl", "mean") for entry in entries])
             tail = [sum(number(e["kl"].get(q)) for e in entries) / len(entries) for q in ("median", "p99")]
             agree = inference.over_seeds([_fact(entry, "top1_agreement", "value") for entry in entries])
-            shown = [f"{kl.value:.4f} ± {kl.stderr:.4f}", *(f"{value:.4f}" for value in tail)]
-            shown.append(f"{100 * agree.value:.1f} ± {100 * agree.stderr:.1f}")
+            shown = [with_error(f"{kl.value:.4f}", kl.stderr, 4), *(f"{value:.4f}" for value in tail)]
+            shown.append(with_error(f"{100 * agree.value:.1f}", 100 * agree.stderr, 1))
             lines.append([row.bits, row.label, column.title.removeprefix("perplexity "), *shown])
             windows += [f"{e.get('kl_windows')} of {e.get('windows')}" for e in entries]
     if not lines:
@@ -168,15 +169,17 @@ def _recovery(floats: Sequence[Cell], row: Row, column: Column, problems: dict[s
     if not cells:
         return "–"
     try:
-        others = [cell.samples(column.task) for cell in cells]
-        chance = float(floats[0].task(column.task)["chance"])
-        found = stats.recovery(floats[0].samples(column.task), others, column.metric, chance)
+        reference, chance = floats[0].samples(column.task), float(floats[0].task(column.task)["chance"])
+        found = inference.over_seeds(
+            [stats.recovery(reference, cell.samples(column.task), column.metric, chance) for cell in cells]
+        )
     except ValueError as error:
         problems[f"{row.bits} {row.label}, {column.task}, recovery: {error}"] = None
         return "–"
     if math.isnan(found.value):
         return "not finite"
-    return f"{100 * found.value:.0f}" + " [{:.0f}, {:.0f}]".format(*(100 * b for b in found.interval()))
+    low, high = (100 * bound for bound in found.interval())
+    return f"{100 * found.value:.0f}" + (f" [{low:.0f}, {high:.0f}]" if not math.isnan(low + high) else "")
 
 
 def _joined(pairs: Sequence[Mapping[str, stats.Paired]], columns: Sequence[Column]) -> Estimate | None:

@@ -127,7 +127,9 @@ def run(arguments: argparse.Namespace, command: str) -> int:
         isolate=not arguments.in_process,
     )
     print(report.headline(records))
-    print(f"report: {report.write_report(out)}")
+    tasks = list(dict.fromkeys(name for record in records for name in record["tasks"]))
+    manifest = {"cells": [record["id"] for record in records], "tasks": tasks}
+    print(f"report: {report.write_report(out, manifest=manifest)}")
     failed = sum(record["status"] != "done" for record in records)
     if failed:
         print(f"{failed} of {len(records)} cells are incomplete; the report lists why", file=sys.stderr)
@@ -154,6 +156,9 @@ def main(argv: list[str] | None = None) -> int:
         return run(arguments, f"python -m harness.grid {shlex.join(given)}".strip())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {' '.join(str(error).split())}: finished tasks are kept", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: finished tasks are kept; the same command goes on from here", file=sys.stderr)

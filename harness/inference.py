@@ -79,14 +79,10 @@ def detectable(stderr: float, df: float = math.inf) -> float:
     return float(student.ppf(1 - ALPHA / 2, df) + student.ppf(POWER, df)) * stderr
 
 
-def detectable_accuracy(flips: float, n: int) -> float:
-    """The same for an accuracy over n documents of which a share `flips` changes between right and wrong:
-    the standard error of the paired difference is then sqrt(flips / n) (McNemar; Connor 1987)."""
-    return detectable(math.sqrt(flips / n))
-
-
 def documents_for(difference: float, flips: float) -> float:
-    """How many documents `detectable_accuracy` needs for a given difference."""
+    """How many independent documents of one task make an accuracy's `difference` detectable, where a share
+    `flips` of them changes between right and wrong: the standard error of the paired difference over n
+    documents is then sqrt(flips / n) (McNemar; Connor 1987)."""
     z = float(normal.ppf(1 - ALPHA / 2) + normal.ppf(POWER))
     return flips * (z / difference) ** 2
 

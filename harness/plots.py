@@ -7,6 +7,7 @@ that it reads the same on a dark page. No date or random id enters a file.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from harness import store
 
 UNIFORM, GAUSSIAN = 1.8, 3.0
 """Kurtosis (4th standardised moment) of a uniform and of a Gaussian distribution."""
@@ -172,6 +175,7 @@ def _legend(figure: Figure) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     """Text becomes outlines, so that a file looks the same whatever fonts its reader has."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "quantgrid", "svg.fonttype": "path"}):
-        figure.savefig(path, metadata={"Date": None, "Creator": "quantgrid"}, dpi=110)
+        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": "quantgrid"}, dpi=110)
+    store.write_text(path, drawn.getvalue())

@@ -182,23 +182,24 @@ class Model:
         return re.sub(r"[^a-z0-9]+", "-", str(self.record["name"]).lower()).strip("-") or "model"
 
 
-def read_run(run: Path) -> Run:
-    """The cells of a run folder: those that its run.json names, or every <cell id>/cell.json without one.
+def read_run(run: Path, manifest: Mapping[str, Any] | None = None) -> Run:
+    """The cells of a run folder: those that `manifest` names (None: its run.json does, as another command may
+    have left it), or every <cell id>/cell.json without one.
 
     Raises UserError when the folder is missing, names nothing, or has a damaged run.json.
     """
     if not run.is_dir():
         raise UserError(f"run folder {run}: there is no such folder; give one that the grid wrote")
     present = sorted(path.parent.name for path in run.glob(f"*/{store.RECORD}"))
-    named, manifest = present, run / store.MANIFEST
+    named, path = present, run / store.MANIFEST
     tasks: list[str] | None = None
-    if manifest.is_file():
+    if manifest is not None or path.is_file():
         try:
-            content = json.loads(manifest.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8")) if manifest is None else manifest
             named = [str(cell) for cell in content["cells"]]
             tasks = content.get("tasks")
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{manifest} is damaged: run the grid again to re-make it") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged: run the grid again to re-make it") from error
     if not named:
         raise UserError(
             f"run folder {run}: it holds no <cell id>/cell.json; give a folder that the grid wrote"
@@ -373,3 +374,9 @@ def mean_accuracy(cell: Cell, columns: Sequence[Column]) -> Estimate | None:
 def number(value: Any) -> float:
     """A record's number; NaN for null and for the words that lm-eval writes where it has none."""
     return float(value) if isinstance(value, int | float) else math.nan
+
+
+def os_reason(error: OSError) -> str:
+    """What the system refused, and where it says so of which file: "Permission denied (runs/a)"."""
+    reason = error.strerror or str(error)
+    return f"{reason} ({error.filename})" if error.filename else reason

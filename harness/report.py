@@ -17,6 +17,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from harness import store
 from harness.evidence import (
     Differences,
     paired_rows,
@@ -34,6 +35,7 @@ from harness.records import (
     Run,
     models_of,
     number,
+    os_reason,
     read_run,
     unranked,
     weights_only,
@@ -71,16 +73,28 @@ error, which does not shrink with seeds because they share their documents, and 
 seeds."""
 
 
-def write_report(run_folder: Path, out: Path | None = None) -> Path:
+def write_report(
+    run_folder: Path, out: Path | None = None, *, manifest: dict[str, Any] | None = None
+) -> Path:
     """Write report.md and its figures from the records of a run into `out` (None: the run's own folder);
-    returns the report's path.
+    returns the report's path. Each file is replaced whole or not at all.
 
-    Raises UserError when there is nothing to report.
+    `manifest` is what run.json holds ("cells" and "tasks" of the run), for a caller whose run.json another
+    command may have replaced; None reads the file.
+
+    Raises UserError when there is nothing to report, or a file cannot be read or written.
     """
     folder = Path(run_folder)
-    run = read_run(folder)
+    out = folder if out is None else Path(out)
+    try:
+        return _write(folder, out, manifest)
+    except OSError as error:
+        raise UserError(f"report {out}: {os_reason(error)}") from error
+
+
+def _write(folder: Path, out: Path, manifest: dict[str, Any] | None) -> Path:
+    run = read_run(folder, manifest)
     models = models_of(run.cells)
-    out = folder if out is None else out
     out.mkdir(parents=True, exist_ok=True)
     text = [f"# quantgrid: {folder.resolve().name}", GUIDE]
     for place, model in enumerate(models):
@@ -93,7 +107,7 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
     text += _failures_section(run)
     text += _cost_section(run, models)
     path = out / "report.md"
-    path.write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    store.write_text(path, "\n\n".join(text) + "\n")
     return path
 
 

@@ -45,7 +45,8 @@ def ratio_bootstrap(
     for begin in range(0, resamples, _AT_A_TIME):
         size = min(_AT_A_TIME, resamples - begin)
         counts = generator.multinomial(m, np.full(m, 1 / m), size=size).astype(np.float64)
-        found.append((counts @ totals) / (counts @ weights))
+        # Not by a matrix library, whose order of summation depends on its threads.
+        found.append(np.einsum("bm,mk->bk", counts, totals) / np.einsum("bm,mk->bk", counts, weights))
     return np.concatenate(found)
 
 

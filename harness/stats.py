@@ -31,6 +31,8 @@ from harness import resample
 Row = Mapping[str, Any]
 CONFIDENCE = 0.95
 """Of every interval."""
+_ROUNDING = 1e-12
+"""Share of the terms of a sum below which the rest that they leave is rounding, and counts as 0."""
 
 
 @dataclass(frozen=True)
@@ -97,23 +99,33 @@ def ratio(totals: NDArray[np.float64], weights: NDArray[np.float64]) -> Estimate
     (delta method, Cochran, Sampling Techniques, ch. 6), and the ratio is judged by how such quotients spread.
     That covers a skewed mean of few clusters far better than percentiles do (Hall 1988, Annals of Statistics
     16, 927). p = (1 + resamples at least as extreme) / (1 + resamples) (Davison and Hinkley 1997, ch. 4).
+
+    A resample without a spread of its own, such as one cluster drawn m times, is infinitely extreme. Where
+    more than one in twenty is, as with two or three clusters, that bounds nothing: interval and p-value are
+    then Student's t over the delta method's standard error with m - 1 degrees of freedom.
     """
     m, total = len(totals), float(weights.sum())
     value = float(totals.sum()) / total
     if m == 1 or math.isnan(value):
         return Estimate(value, math.nan, m - 1)
     rest = totals - value * weights
+    rest[np.abs(rest) <= _ROUNDING * np.abs(totals)] = 0
     parts = np.column_stack([rest, rest**2, rest * weights, weights**2, np.ones(m)])
     deviation, square, cross, weight, inverse = resample.ratio_bootstrap(parts, weights).T
-    variance = inverse * (square - 2 * deviation * cross + deviation**2 * weight) / (m - 1)
-    # A resample of one cluster alone has no spread: its quotient counts as extreme, unless nothing moved.
-    errors = np.sqrt(np.maximum(variance, 0))
+    spread = square - 2 * deviation * cross + deviation**2 * weight
+    # What cancels leaves rounding, which differs between machines; divided by it, a quotient has any size.
+    spread[spread <= _ROUNDING * (square + deviation**2 * weight)] = 0
+    errors = np.sqrt(inverse * spread / (m - 1))
     extreme = np.where(deviation == 0, 0.0, np.inf)
     quotients = np.divide(np.abs(deviation), errors, out=extreme, where=errors > 0)
     own = math.sqrt(m / (m - 1) * float(rest @ rest)) / total
     seen = abs(value) / own if own > 0 else 0.0 if value == 0 else math.inf
-    p = (1 + int((quotients >= seen).sum())) / (1 + len(quotients))
     reach = float(np.sort(quotients)[math.ceil(CONFIDENCE * (1 + len(quotients))) - 1])
+    if math.isinf(reach):
+        by_t = Estimate(value, own, m - 1)
+        return replace(by_t, stderr=float(deviation.std(ddof=1)), bounds=by_t.interval(), p=by_t.p_value())
+    # Ties count as extreme, however they are rounded.
+    p = (1 + int((quotients >= seen * (1 - 1e-9) - 1e-9).sum())) / (1 + len(quotients))
     half = reach * own if own > 0 else 0.0
     return Estimate(value, float(deviation.std(ddof=1)), m - 1, (value - half, value + half), p)
 
@@ -233,32 +245,34 @@ def paired_gold(reference: Sequence[Row], rows: Sequence[Row]) -> Paired:
     return replace(found, lost=None, gained=None)
 
 
-def recovery(
-    reference: Sequence[Row], others: Sequence[Sequence[Row]], metric: str, chance: float
-) -> Estimate:
-    """(accuracy - chance) / (reference's accuracy - chance), the mean over `others` (seeds of one method).
+def recovery(reference: Sequence[Row], rows: Sequence[Row], metric: str, chance: float) -> Estimate:
+    """(accuracy - chance) / (reference's accuracy - chance).
 
     The interval is the percentiles of the quotient when documents, or their clusters, are resampled, both
-    accuracies on the same draws. It means something only where the reference is well above chance.
+    accuracies on the same draws; the standard error is the delta method's. It means something only where
+    the reference is well above chance.
     """
-    joined = [_join(reference, rows, ("doc_id",), "doc_hash") for rows in others]
-    first = [_metric(row, metric) for row, _ in joined[0]]
-    other = np.mean([[_metric(row, metric) for _, row in pairs] for pairs in joined], axis=0)
-    clusters = _clusters([row for row, _ in joined[0]]) or range(len(first))
+    pairs = _join(reference, rows, ("doc_id",), "doc_hash")
+    first, other = ([_metric(row, metric) for row in side] for side in zip(*pairs, strict=True))
+    clusters = _clusters([row for row, _ in pairs]) or range(len(first))
     table = resample.by_cluster(clusters, first, other, [1.0] * len(first))
-    value = float((other.mean() - chance) / (np.mean(first) - chance))
-    if len(table) < 2 or math.isnan(value):
+    gained, above = (sum(side) - len(side) * chance for side in (other, first))
+    value = gained / above if above else math.nan
+    m = len(table)
+    if m < 2 or math.isnan(value):
         return Estimate(value)
+    rest = table[:, 1] - chance * table[:, 2] - value * (table[:, 0] - chance * table[:, 2])
+    stderr = math.sqrt(m / (m - 1) * float(rest @ rest)) / abs(above)
     # Equal clusters are interchangeable: their number is drawn, not each of them.
     kinds, counts = np.unique(table, axis=0, return_counts=True)
     generator = np.random.default_rng(resample.SEED)
-    draws = generator.multinomial(len(table), counts / len(table), size=resample.RESAMPLES) @ kinds
+    draws = generator.multinomial(m, counts / m, size=resample.RESAMPLES) @ kinds
     over, under = draws[:, 1] / draws[:, 2] - chance, draws[:, 0] / draws[:, 2] - chance
     with np.errstate(divide="ignore", invalid="ignore"):
         quotients = np.where(under > 0, over / under, np.inf)
     tail = (1 - CONFIDENCE) / 2
     low, high = (float(np.quantile(quotients, q, method="nearest")) for q in (tail, 1 - tail))
-    return Estimate(value, bounds=(low, high))
+    return Estimate(value, stderr, m - 1, (low, high))
 
 
 def _clusters(rows: Sequence[Row]) -> list[str] | None:

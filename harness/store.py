@@ -17,9 +17,9 @@ import hashlib
 import json
 import math
 import os
-import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ MANIFEST = "run.json"
 HISTORY = "history.jsonl"
 OUTPUT = "output.log"
 LEASE = "lease.lock"
+_STALE_SECONDS = 3600
+_TAIL_BYTES, _TAIL_LINES, _TAIL_WIDTH = 65536, 20, 500
 Record = dict[str, Any]
 
 
@@ -66,15 +68,15 @@ def lease(folder: Path) -> Iterator[None]:
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.partial")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        with temporary.open("x", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -162,6 +164,25 @@ def read_history(folder: Path) -> list[Record]:
         except ValueError:
             continue
     return events
+
+
+def sweep(run: Path) -> None:
+    """Remove what killed commands have left half-written in a run's own folder."""
+    for stray in run.glob(".*.partial"):
+        with suppress(OSError):
+            if time.time() - stray.stat().st_mtime > _STALE_SECONDS:
+                stray.unlink()
+
+
+def tail(path: Path) -> str:
+    """The last lines that a cell's process printed; empty where there are none."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            text = stream.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(line[:_TAIL_WIDTH] for line in text.splitlines()[-_TAIL_LINES:])
 
 
 def now() -> str:

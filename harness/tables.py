@@ -153,7 +153,7 @@ def _perplexity(log: Estimate, recorded: float) -> str:
         return "not finite"
     decimals, exponent = _scale(value)
     tail = f"e{exponent}" if exponent else ""
-    return _with_error(f"{value / 10**exponent:.{decimals}f}", stderr / 10**exponent, decimals, tail)
+    return with_error(f"{value / 10**exponent:.{decimals}f}", stderr / 10**exponent, decimals, tail)
 
 
 def _perplexity_between(log: Estimate) -> str:
@@ -170,7 +170,7 @@ def _perplexity_between(log: Estimate) -> str:
 def _percent(estimate: Estimate) -> str:
     if not math.isfinite(estimate.value):
         return "not finite"
-    return _with_error(f"{100 * estimate.value:.1f}", 100 * estimate.stderr, 1)
+    return with_error(f"{100 * estimate.value:.1f}", 100 * estimate.stderr, 1)
 
 
 def _percent_between(estimate: Estimate) -> str:
@@ -200,7 +200,7 @@ def signed(estimate: Estimate | None, kind: str, interval: bool = False, p: floa
         show = [_bound(scale * bound, f"+.{decimals}f") for bound in estimate.interval()]
         shown += _brackets(estimate, show)
     else:
-        shown = _with_error(shown, scale * estimate.stderr, decimals)
+        shown = with_error(shown, scale * estimate.stderr, decimals)
     return shown + mark(estimate.p_value() if p is None else p)
 
 
@@ -223,7 +223,7 @@ def _brackets(estimate: Estimate, shown: Sequence[str]) -> str:
     return "" if math.isnan(sum(map(abs, estimate.interval()))) else f" [{shown[0]}, {shown[1]}]"
 
 
-def _with_error(shown: str, stderr: float, decimals: int, tail: str = "") -> str:
+def with_error(shown: str, stderr: float, decimals: int, tail: str = "") -> str:
     return f"{shown}{tail} ± {stderr:.{decimals}f}{tail}" if math.isfinite(stderr) else shown + tail
 
 

@@ -76,7 +76,7 @@ def fill(job: Job, events: TextIO) -> None:
     folder = Path(job.out) / job.cell_id
     try:
         with store.lease(folder):
-            CellRun(cell, model, setting, folder, Steps(send)).run(job.retry_failed)
+            CellRun(cell, model, setting, folder, Steps(send), folder / store.OUTPUT).run(job.retry_failed)
     except store.Leased:
         send({"leased": True})
         return

@@ -78,7 +78,10 @@ def describe(
         "seed": ctx.seed if any(part.random for part in parts) else None,
         "code": _code_sha256(),
         "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "device": ctx.device.type,
+        "gpu": torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else None,
     }
 
 

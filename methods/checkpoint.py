@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -25,6 +26,8 @@ from methods import assets
 from methods.decoder import Decoder, DecoderConfig
 from methods.errors import UserError
 from methods.rope import RopeScaling
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 FAMILIES = {
@@ -282,11 +285,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _open_folder(folder: Path, name: str) -> Checkpoint:
     config = read_config(folder)  # refuses unsupported families before anything is hashed
-    files = _weight_files(folder)
-    if _converted(folder):
-        stored = json.loads((folder / "quantgrid.json").read_text())
-        return Checkpoint(name, stored["label"], folder, stored["sha256"])
-    return Checkpoint(name, f"float ({config.family})", folder, _sha256(folder, files))
+    digest = _sha256(folder, _weight_files(folder))
+    return Checkpoint(name, _label(folder, digest) or f"float ({config.family})", folder, digest)
 
 
 def _sha256(folder: Path, files: list[Path]) -> str:
@@ -313,6 +313,8 @@ def _open_gguf(file: Path, name: str) -> Checkpoint:
     models.mkdir(parents=True, exist_ok=True)
     with FileLock(models / f"{folder.name}.lock"):
         if not _converted(folder):
+            if folder.exists():
+                logger.warning("%s is damaged; it is converted again", folder)
             shutil.rmtree(folder, ignore_errors=True)
             temporary = Path(tempfile.mkdtemp(dir=models, prefix=f"{folder.name}.partial-"))
             try:
@@ -329,12 +331,20 @@ def _file_key(file: Path) -> str:
 
 
 def _converted(folder: Path) -> bool:
-    """Whether a folder holds a whole conversion: its manifest, written last, matches the files' sizes."""
+    """Whether a folder holds a whole and undamaged conversion."""
+    try:
+        return _label(folder, _sha256(folder, _weight_files(folder))) is not None
+    except (OSError, UserError):
+        return False
+
+
+def _label(folder: Path, digest: str) -> str | None:
+    """What a conversion calls its weights; None where the folder is none, or is not what it was."""
     try:
         manifest = json.loads((folder / "quantgrid.json").read_text())
-        return all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
-    except (OSError, ValueError, KeyError):
-        return False
+        return str(manifest["label"]) if manifest["sha256"] == digest else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _convert_gguf(file: Path, folder: Path) -> None:
@@ -365,9 +375,8 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     label = f"fp32 (dequantised {'/'.join(sorted(kinds))})" if kinds else "fp32"
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     digest = _sha256(folder, _weight_files(folder))
-    manifest = {"label": label, "sha256": digest, "source_sha256": _file_key(file), "files": sizes}
+    manifest = {"label": label, "sha256": digest, "source_sha256": _file_key(file)}
     (folder / "quantgrid.json").write_text(json.dumps(manifest, indent=1))
 
 

@@ -94,7 +94,7 @@ def test_recovery_is_the_quotient_on_the_same_draws() -> None:
     rng = np.random.default_rng(5)
     before = (rng.random(300) < 0.8).astype(float)
     after = np.where(rng.random(300) < 0.1, 1 - before, before)
-    found = stats.recovery(task_rows(before), [task_rows(after)], "acc", 0.5)
+    found = stats.recovery(task_rows(before), task_rows(after), "acc", 0.5)
     assert found.value == pytest.approx((after.mean() - 0.5) / (before.mean() - 0.5))
     reference = scipy.stats.bootstrap(
         (before, after),
@@ -106,24 +106,21 @@ def test_recovery_is_the_quotient_on_the_same_draws() -> None:
         rng=np.random.default_rng(0),
     ).confidence_interval
     assert found.interval() == pytest.approx((reference.low, reference.high), abs=0.015)
-    same = stats.recovery(task_rows(before), [task_rows(before)] * 3, "acc", 0.5)
+    quarter = (reference.high - reference.low) / 4
+    assert found.stderr == pytest.approx(quarter, rel=0.1)
+    assert found.df == 299
+    same = stats.recovery(task_rows(before), task_rows(before), "acc", 0.5)
     assert (same.value, *same.interval()) == (1.0, 1.0, 1.0)
     doubled = [f"text {i // 2}" for i in range(300)]
     wide = stats.recovery(
         clustered(task_rows(np.repeat(before[::2], 2)), doubled),
-        [clustered(task_rows(np.repeat(after[::2], 2)), doubled)],
+        clustered(task_rows(np.repeat(after[::2], 2)), doubled),
         "acc",
         0.5,
     )
     narrow = stats.recovery(
-        task_rows(np.repeat(before[::2], 2)), [task_rows(np.repeat(after[::2], 2))], "acc", 0.5
+        task_rows(np.repeat(before[::2], 2)), task_rows(np.repeat(after[::2], 2)), "acc", 0.5
     )
     widths = [high - low for low, high in (wide.interval(), narrow.interval())]
     assert widths[0] > 1.2 * widths[1]
-
-
-def test_recovery_of_several_seeds_is_that_of_their_mean() -> None:
-    before = np.r_[np.ones(90), np.zeros(10)]
-    seeds = [np.r_[np.ones(k), np.zeros(100 - k)] for k in (80, 70)]
-    found = stats.recovery(task_rows(before), [task_rows(seed) for seed in seeds], "acc", 0.25)
-    assert found.value == pytest.approx((0.75 - 0.25) / (0.9 - 0.25))
+    assert wide.stderr > 1.2 * narrow.stderr

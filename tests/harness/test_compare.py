@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,8 @@ def test_a_cell_is_named_by_the_start_of_its_id(
     by_prefix = said(capsys, f"{before}:{folder.name[:9]}", cell_of(after, "rtn"))
     by_folder = said(capsys, folder, cell_of(after, "rtn"))
     assert by_prefix.splitlines()[2:] == by_folder.splitlines()[2:]
+    by_file = said(capsys, folder / "cell.json", cell_of(after, "rtn") / "cell.json")
+    assert by_file.splitlines()[2:] == by_folder.splitlines()[2:]
     assert "0 cells of" in said(capsys, f"{before}:", folder, status=2), "an empty prefix names none"
     message = said(capsys, f"{before}:zz", folder, status=2)
     assert message == f"error: {before}:zz: 0 cells of {before} begin with 'zz'; name exactly one\n"
@@ -286,6 +290,35 @@ def test_clustered_questions_are_said_to_be(
         rewrite(cell_of(run, "rtn"), "boolq_local", rows)
     text = said(capsys, *(cell_of(run, "rtn") for run in runs))
     assert "\n\nboolq_local: questions share texts, so the answers to one text change sign together" in text
+
+
+def test_other_metrics_are_said_to_be_compared_by_t(
+    runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "paired t" not in said(capsys, *runs)
+    rng, values = np.random.default_rng(0), []
+    for run in runs:
+        rows = rows_of(cell_of(run, "rtn"), "piqa_local")
+        values.append(rng.random(len(rows)))
+        for row, value in zip(rows, values[-1], strict=True):
+            row["metrics"] = {"f1": value}
+        metrics = {"f1": {"value": values[-1].mean(), "stderr": 0.02, "higher_is_better": True}}
+        rewrite(cell_of(run, "rtn"), "piqa_local", rows, metrics=metrics, primary_metric="f1")
+    text = said(capsys, *(cell_of(run, "rtn") for run in runs))
+    assert "\n\npiqa_local: neither right or wrong nor perplexity, so the means are compared" in text
+    p = scipy.stats.ttest_rel(*values).pvalue
+    assert float(lines_of(text, text.splitlines()[1])["piqa_local"]["p"]) == pytest.approx(p, rel=0.05)
+
+
+def test_what_the_system_refuses_is_one_line(
+    runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    error = said(capsys, *runs, status=2)
+    assert error.startswith("error: Permission denied (") and error.count("\n") == 1
 
 
 def test_mistakes_are_one_line_and_exit_2(

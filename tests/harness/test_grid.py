@@ -125,6 +125,37 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert numbers(out) == numbers(tmp_path / "whole")
 
 
+def test_other_documents_are_scored_and_not_taken_from_the_store(settings: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--methods", "rtn", "--tasks", "piqa_local", "perplexity_wikipedia")
+    for limit in ("3", "2", "3"):
+        assert run(settings, out, *arguments, "--limit", limit) == 0
+        found = records(out)["rtn w4a4kv4 0"]["tasks"]
+        assert {task["n"] for task in found.values()} == {int(limit)}
+    assert len(list(out.glob("*/cell.json"))) == 1
+
+
+def test_the_order_of_a_records_tasks_is_the_grids(settings: Path, tmp_path: Path) -> None:
+    """However it came about: here the first task is made again after the others."""
+    out = tmp_path / "out"
+    assert run(settings, out, "--methods", "rtn") == 0
+    (path,) = out.glob("*/cell.json")
+    before = json.loads(path.read_text())
+    (path.parent / "samples" / "perplexity_wikipedia.jsonl").write_text("{}")
+    assert run(settings, out, "--methods", "rtn") == 0
+    after = json.loads(path.read_text())
+    assert json.dumps(after["tasks"]) == json.dumps(before["tasks"])
+    assert list(after["tasks"]) == list(TASKS)
+
+
+def test_a_folder_that_cannot_be_is_one_line(
+    settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    assert run(settings, tmp_path / "out") == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 def test_a_damaged_record_is_made_again(settings: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(settings, out, "--tasks", "piqa_local") == 0
@@ -238,6 +269,8 @@ def test_a_trial_does_not_replace_the_grids_own_run(settings: Path) -> None:
         (["--tasks", "piqa_locl"], "did you mean 'piqa_local'"),
         (["--tasks", "humaneval"], "executes code"),
         (["--limit", "0"], "limit"),
+        (["--time-limit", "0"], "time_limit"),
+        (["--time-limit", "inf"], "time_limit"),
         (["--limit", "-3"], "limit"),
         (["--seeds", "0"], "seeds"),
         (["--device", "abacus"], "cpu, cuda"),

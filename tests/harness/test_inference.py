@@ -124,7 +124,7 @@ def test_documents_for_a_point_of_accuracy() -> None:
     """By hand: 10 % flips, one point: 0.1 * (1.960 + 0.842)^2 / 0.01^2; and those documents detect it."""
     needed = inference.documents_for(0.01, 0.1)
     assert needed == pytest.approx(0.1 * (1.959964 + 0.841621) ** 2 / 0.01**2, rel=1e-5)
-    assert inference.detectable_accuracy(0.1, round(needed)) == pytest.approx(0.01, rel=1e-3)
+    assert inference.detectable(math.sqrt(0.1 / needed)) == pytest.approx(0.01, rel=1e-3)
     rng = np.random.default_rng(3)
     n = 7849
     flips = rng.multinomial(n, [0.055, 0.045, 0.9], size=1500)

@@ -25,8 +25,21 @@ PLUGIN = '''
 import os, time
 from dataclasses import dataclass
 from typing import ClassVar
+import signal, subprocess
 import torch
 from methods.method import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orphan(Method):
+    """Dies and leaves a child that has its files open."""
+
+    name: ClassVar[str] = "orphan"
+
+    def transform(self, model, artifact):
+        if os.fork() == 0:
+            time.sleep(10_000)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +64,7 @@ class Hog(Method):
     name: ClassVar[str] = "hog"
 
     def transform(self, model, artifact):
+        print("about to ask for much")
         torch.empty(2**55)
 
 
@@ -90,6 +104,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[st
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: misbehaving\nVersion: 1.0\n")
     names = {"crash": "Crash", "hang": "Hang", "hog": "Hog", "ruin": "Ruin", "moody": "Moody"}
+    names["orphan"] = "Orphan"
     points = "".join(f"{name} = misbehaving:{cls}\n" for name, cls in names.items())
     (info / "entry_points.txt").write_text(f"[quantgrid.methods]\n{points}")
     return {
@@ -125,7 +140,7 @@ def records(out: Path) -> dict[str, dict[str, Any]]:
 def test_what_befalls_a_cell_is_recorded_and_the_grid_goes_on(
     model: str, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    methods = ("crash", "hang", "hog", "ruin", "rtn")
+    methods = ("crash", "orphan", "hang", "hog", "ruin", "rtn")
     grid = write_grid(
         tmp_path / "grid.yaml", model, methods=methods, tasks=["perplexity_wikipedia"], time_limit=0.75
     )
@@ -133,22 +148,25 @@ def test_what_befalls_a_cell_is_recorded_and_the_grid_goes_on(
     assert code == 1, output
     found = records(tmp_path / "out")
     assert found["rtn"]["status"] == "done", output
-    failures = {name: found[name]["failure"] for name in ("crash", "hang", "hog")}
+    failures = {name: found[name]["failure"] for name in ("crash", "orphan", "hang", "hog")}
     assert {name: item["kind"] for name, item in failures.items()} == {
         "crash": "crash",
+        "orphan": "crash",
         "hang": "hang",
         "hog": "out of memory",
     }
     assert {item["stage"] for item in failures.values()} == {"quantise"}
     assert "SIGABRT" in failures["crash"]["message"]
     assert "the last words of this cell" in failures["crash"]["output"]
+    assert "about to ask for much" in failures["hog"]["output"]
     assert "0.75 minutes" in failures["hang"]["message"]
     task = found["ruin"]["tasks"]["perplexity_wikipedia"]
     assert (task["status"], found["ruin"]["status"]) == ("failed", "partial")
     assert "not finite" in task["failure"]["message"]
+    assert "SIGKILL" in failures["orphan"]["message"]
     # Each in a process of its own, whose memory went with it.
     events = [store.read_history(tmp_path / "out" / record["id"]) for record in found.values()]
-    assert len({event["pid"] for cell in events for event in cell if event["event"] == "started"}) == 5
+    assert len({event["pid"] for cell in events for event in cell if event["event"] == "started"}) == 6
 
 
 def test_a_crash_is_kept_until_it_is_retried(model: str, tmp_path: Path, environment: dict[str, str]) -> None:
@@ -205,7 +223,7 @@ def test_kills_at_random_moments_lose_and_repeat_nothing(
     assert finish(start(grid, out, environment))[0] == 0
     assert contents(out) == contents(whole)
     done = tasks_done(out)
-    assert len(done) == len(set(done)) == 2 * 3
+    assert len(done) == len(set(done)), "a finished task was computed again"
 
 
 def _alive(pid: int) -> bool:

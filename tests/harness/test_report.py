@@ -3,11 +3,14 @@ equal records give equal bytes."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -381,6 +384,57 @@ def test_a_run_is_what_its_manifest_names(tmp_path: Path) -> None:
         report.write_report(tmp_path)
 
 
+def test_a_caller_may_give_the_manifest(tmp_path: Path) -> None:
+    """run.json may meanwhile be another command's; what the caller says counts, tasks included."""
+    cells = [write_cell(tmp_path, "float", "w16a16"), write_cell(tmp_path, "rtn", "w4a16")]
+    other = write_cell(tmp_path, "gptq", "w4a16")
+    (tmp_path / "run.json").write_text(json.dumps({"cells": [other.name]}))
+    manifest = {"cells": [cell.name for cell in cells], "tasks": ["piqa_local", "perplexity_news"]}
+    text = report.write_report(tmp_path, manifest=manifest).read_text(encoding="utf-8")
+    assert [line["method"] for line in table(text, MODEL)] == ["float", "rtn †"]
+    assert "Cells of other commands in this folder, not in this report: 1." in text
+    assert {line["task"] for line in table(text, "## Tasks and protocols")} == set(manifest["tasks"])
+    (tmp_path / "run.json").write_text("{")
+    again = report.write_report(tmp_path, tmp_path / "out", manifest=manifest)
+    assert again == tmp_path / "out" / "report.md"
+    assert again.read_text(encoding="utf-8") == text
+
+
+def test_a_report_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk that fills up, at each file in turn: the files before it are new, none is half."""
+    run = tmp_path / "run"
+    write_cell(run, "float", "w16a16")
+    write_cell(run, "rtn", "w4a16")
+    report.write_report(run)
+    files = [run / "report.md", *(run / "figures").iterdir()]
+    assert len(files) == 3
+    whole = {path: path.read_bytes() for path in files}
+    write_cell(run, "gptq", "w4a16")
+    real = os.fsync
+    for writes in range(3):
+        left = iter(range(writes))
+
+        def full(handle: int, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(handle)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", full)
+            assert report.main([str(run)]) == 2
+        assert capsys.readouterr().err == f"error: report {run}: No space left on device\n"
+        assert sum(path.read_bytes() != whole[path] for path in files) <= writes
+        assert (run / "report.md").read_bytes() == whole[run / "report.md"], "it comes last"
+        assert sorted(run.glob("*.*")) == [run / "report.md"], "nothing half-written stays"
+        assert sorted((run / "figures").iterdir()) == sorted(files[1:])
+        for path in files[1:]:
+            ElementTree.fromstring(path.read_text(encoding="utf-8"))
+    assert report.main([str(run)]) == 0
+    assert (run / "report.md").read_bytes() != whole[run / "report.md"]
+
+
 def test_a_seed_measured_twice_is_not_two_seeds(tmp_path: Path) -> None:
     write_cell(tmp_path, "float", "w16a16")
     for version in ("2.12", "2.13"):
@@ -422,3 +476,15 @@ def test_mistakes_are_one_line_and_exit_2(tmp_path: Path, capsys: pytest.Capture
         assert said.count("\n") == 1
     with pytest.raises(UserError):
         report.write_report(tmp_path / "absent")
+    write_cell(tmp_path / "run", "float", "w16a16")
+    write_cell(tmp_path / "run", "rtn", "w4a16")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "figures").write_text("mine")
+    for out, message in (("file", "File exists"), ("file/below", "Not a directory"), (".", "figures")):
+        assert report.main([str(tmp_path / "run"), "--out", str(tmp_path / out)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: report {tmp_path / out}: ") and message in said
+        assert said.count("\n") == 1
+    assert report.main([str(tmp_path / "file")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"

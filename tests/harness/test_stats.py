@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from harness import resample, stats
@@ -192,6 +193,88 @@ def test_bootstrap_t_written_out() -> None:
     assert 0.02 < p < 0.6, "a p-value that says something"
 
 
+@given(
+    st.lists(st.tuples(st.floats(-9, 9), st.integers(1, 99)), min_size=2, max_size=3),
+    st.floats(-3, 3),
+)
+@example([(1.0, 10), (2.0, 10)], 0.0)
+@settings(max_examples=40)
+def test_two_or_three_clusters_have_students_interval(
+    passages: list[tuple[float, int]], shift: float
+) -> None:
+    """One in two or one in nine resamples is a single cluster, which has no spread: no bootstrap-t then."""
+    totals, weights = np.array(passages).T
+    totals = totals + shift * weights
+    estimate = stats.ratio(totals, weights)
+    value, m = totals.sum() / weights.sum(), len(totals)
+    spread = math.sqrt(m / (m - 1) * ((totals - value * weights) ** 2).sum()) / weights.sum()
+    low, high = scipy.stats.t.interval(0.95, m - 1, 0, 1)
+    expected = (value + low * spread, value + high * spread)
+    assert estimate.interval() == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    if spread > 1e-9:
+        assert estimate.p_value() == pytest.approx(2 * scipy.stats.t.sf(abs(value) / spread, m - 1), rel=1e-6)
+
+
+def test_equal_clusters_are_students_sample() -> None:
+    estimate = stats.ratio(np.array([1.0, 2.0, 4.0]), np.full(3, 10.0))
+    reference = scipy.stats.ttest_1samp([0.1, 0.2, 0.4], 0)
+    assert estimate.interval() == pytest.approx(tuple(reference.confidence_interval(0.95)))
+    assert estimate.p_value() == pytest.approx(reference.pvalue)
+
+
+@pytest.mark.parametrize(
+    ("totals", "weights"), [([1, 2, 4, 3], [10] * 4), ([0.3, 0.1, 0.7, -0.2], [3, 7, 9, 5])]
+)
+def test_four_clusters_by_enumeration(totals: list[float], weights: list[int]) -> None:
+    """All 256 resamples, in exact arithmetic: four of them are a single cluster and infinitely extreme."""
+    y, w = [Fraction(str(x)) for x in totals], [Fraction(x) for x in weights]
+
+    def squares(draw: tuple[int, ...]) -> tuple[Fraction, Fraction]:
+        whole = sum((w[i] for i in draw), Fraction(0))
+        value = sum((y[i] for i in draw), Fraction(0)) / whole
+        rest = sum(((y[i] - value * w[i]) ** 2 for i in draw), Fraction(0))
+        return value, Fraction(4, 3) * rest / whole**2
+
+    value, own = squares((0, 1, 2, 3))
+    quotients = []
+    for draw in itertools.product(range(4), repeat=4):
+        other, error = squares(draw)
+        quotients.append(math.sqrt((other - value) ** 2 / error) if error else math.inf)
+    assert sum(map(math.isinf, quotients)) == 4
+    estimate = stats.ratio(np.array(totals, dtype=float), np.array(weights, dtype=float))
+    low, high = estimate.interval()
+    reach = (high - low) / 2 / math.sqrt(own)
+    # The quantile of 10,000 draws lies between those of the enumerated resamples around it.
+    assert np.quantile(quotients, 0.94) * 0.999 <= reach <= np.quantile(quotients, 0.96) * 1.001 < 50
+    seen = abs(float(value)) / math.sqrt(own)
+    share = np.mean([quotient >= seen * (1 - 1e-9) for quotient in quotients])
+    assert estimate.p_value() == pytest.approx(share, abs=0.02)
+
+
+@pytest.mark.parametrize("m", [2, 3, 4, 6])
+def test_the_order_of_summation_changes_nothing(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resampled sums off by a few units in the last place, as another machine's are."""
+    plain, noise = resample.ratio_bootstrap, np.random.default_rng(0)
+
+    def elsewhere(totals: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        found = plain(totals, weights)
+        return found * (1 + 4e-16 * noise.integers(-2, 3, found.shape))
+
+    rng = np.random.default_rng(m)
+    for totals, weights in (
+        (np.arange(1.0, m + 1), np.full(m, 10.0)),
+        (rng.normal(0.1, 0.3, m), rng.integers(20, 300, m).astype(float)),
+        (np.full(m, 0.3), np.full(m, 7.0)),
+    ):
+        here = stats.ratio(totals, weights)
+        with monkeypatch.context() as patched:
+            patched.setattr("harness.resample.ratio_bootstrap", elsewhere)
+            there = stats.ratio(totals, weights)
+        assert there.interval() == pytest.approx(here.interval(), rel=1e-9, abs=1e-12)
+        assert there.p_value() == pytest.approx(here.p_value(), rel=1e-9)
+        assert max(map(abs, here.interval())) < 30 * (abs(totals) / weights).max()
+
+
 def test_a_p_value_of_resamples_is_never_zero() -> None:
     rows = passage_rows(np.full(30, 30.0), np.full(30, 10))
     worse = passage_rows(np.random.default_rng(0).normal(60, 1, 30), np.full(30, 10))
@@ -277,7 +360,7 @@ def test_not_finite_scores_stay_visible() -> None:
     assert math.isnan(stats.paired_log_perplexity(rows, passage_rows([3, 4], [5, 6])).p_value())
     lost = stats.paired_mean(task_rows([1, 0]), task_rows([math.nan, 0]), "acc")
     assert math.isnan(lost.difference.value) and math.isnan(lost.difference.p_value())
-    assert math.isnan(stats.recovery(task_rows([1, 0]), [task_rows([math.nan, 0])], "acc", 0.1).value)
+    assert math.isnan(stats.recovery(task_rows([1, 0]), task_rows([math.nan, 0]), "acc", 0.1).value)
 
 
 @given(st.floats(-5, 5), st.floats(0.01, 5), st.integers(1, 200))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -119,17 +121,19 @@ def test_a_lease_is_exclusive_and_dies_with_its_process(tmp_path: Path, root: Pa
 
 
 def test_a_kill_between_any_two_writes_leaves_old_or_new(tmp_path: Path, root: Path) -> None:
-    """A process that rewrites a record for ever, killed at some moment, again and again."""
+    """A process that rewrites a record and a megabyte of samples for ever, killed at some moment, again and
+    again."""
     code = (
         "import sys; from pathlib import Path; from harness import store\n"
         "n = 0\nwhile True:\n"
         "    n += 1\n"
-        "    s = store.write_samples(Path(sys.argv[1]), 't', [{'n': n}] * 50)\n"
+        "    s = store.write_samples(Path(sys.argv[1]), 't', [{'n': n}] * 100_000)\n"
         "    store.write_record(Path(sys.argv[1]), {'schema': store.SCHEMA, 'n': n, 'measured': {}, 'tasks':"
         " {'t': {'status': 'done', **s}}})\n"
         "    print(n, flush=True)"
     )
-    for _ in range(8):
+    draw = random.Random(1)
+    for _ in range(12):
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(tmp_path)],
             stdout=subprocess.PIPE,
@@ -137,6 +141,7 @@ def test_a_kill_between_any_two_writes_leaves_old_or_new(tmp_path: Path, root: P
         )
         assert process.stdout is not None
         process.stdout.readline()
+        time.sleep(draw.uniform(0, 0.4))
         process.kill()
         process.communicate()
         found = store.read_record(tmp_path)
@@ -145,6 +150,8 @@ def test_a_kill_between_any_two_writes_leaves_old_or_new(tmp_path: Path, root: P
         for task in found["tasks"].values():
             rows = (tmp_path / task["samples"]).read_text().splitlines()
             assert {json.loads(row)["n"] for row in rows} == {found["n"]}
+        samples = (tmp_path / "samples" / "t.jsonl").read_text()
+        assert samples.count("\n") == 100_000 and samples.endswith("\n"), "samples cut off"
 
 
 def test_a_line_cut_short_in_the_history_is_left_out(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from methods import assets
+from methods import assets, checkpoint
 from methods.checkpoint import DEFAULT_MODEL, FAMILIES, from_transformers, open_checkpoint
 from methods.errors import UserError
 from methods.generate import generate
@@ -369,3 +369,32 @@ def test_default_model_says_what_it_is(default_model: Any) -> None:
     assert (config.intermediate_size, config.vocab_size, config.tied) == (1536, 49152, True)
     assert config.rope_theta == 100000
     assert config.rms_eps == pytest.approx(1e-5, rel=1e-6)  # GGUF stores it in float32
+
+
+def test_a_damaged_conversion_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One bit of a weight, the size unchanged: the file is not what its digest says."""
+    monkeypatch.setenv("QUANTGRID_HOME", str(tmp_path / "home"))
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF" + bytes(16))
+
+    def convert(_: Path, folder: Path) -> None:
+        families.build(families.config("llama-gqa-tied"), torch.float32).save_pretrained(folder)
+        digest = checkpoint._sha256(folder, checkpoint._weight_files(folder))
+        (folder / "quantgrid.json").write_text(json.dumps({"label": "converted", "sha256": digest}))
+
+    monkeypatch.setattr(checkpoint, "_convert_gguf", convert)
+    first = open_checkpoint(str(file))
+    weights = first.folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    again = open_checkpoint(str(file))
+    assert "is damaged; it is converted again" in caplog.text
+    assert (again.sha256, again.label) == (first.sha256, "converted")
+    assert weights.read_bytes() == whole
+    # As a plain folder it is what it holds, whatever lies beside.
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    plain = open_checkpoint(str(first.folder))
+    assert plain.sha256 != first.sha256
+    assert plain.label != "converted"
