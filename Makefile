@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help grid study test lint assets clean
+.PHONY: help grid study test gate lint assets clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -20,6 +20,9 @@ study: $(INSTALLED) ## the same with everything learned and more of every task (
 
 test: lint ## lint, then every test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadscope
+
+gate: $(INSTALLED) ## has accuracy fallen since results/reference/gate.json was recorded? (minutes)
+	$(BIN)/python -m harness.gate --reference results/reference/gate.json
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
