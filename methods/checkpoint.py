@@ -36,6 +36,7 @@ FAMILIES = {
     "qwen2": "Qwen2/2.5",
     "qwen3": "Qwen3",
 }
+_OF_SAVING = ("transformers_version", "is_local", "local_files_only")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 _WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.txt")
 
@@ -290,14 +291,32 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
 
 
 def _sha256(folder: Path, files: list[Path]) -> str:
-    """Digest of a folder's configuration, weight files and tokenizer: all that makes its numbers."""
+    """Digest of a folder's configuration, weight files and tokenizer: all that makes its numbers, and nothing
+    of how and where the folder was written."""
     digest = hashlib.sha256()
     tokenizer = [folder / name for name in _TOKENIZER if (folder / name).is_file()]
     for file in [folder / "config.json", *files, *tokenizer]:
         digest.update(file.name.encode())
+        if file.name in ("config.json", "tokenizer_config.json"):
+            digest.update(hashlib.sha256(_settings(file)).digest())
+            continue
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def _settings(file: Path) -> bytes:
+    """A JSON file's content in one form, without what transformers notes about the act of saving; as it is
+    where it is no JSON object."""
+    data = file.read_bytes()
+    try:
+        fields = json.loads(data)
+    except ValueError:
+        return data
+    if not isinstance(fields, dict):
+        return data
+    kept = {key: value for key, value in fields.items() if key not in _OF_SAVING and key[0:1] != "_"}
+    return json.dumps(kept, sort_keys=True).encode()
 
 
 def _open_gguf(file: Path, name: str) -> Checkpoint:

@@ -398,3 +398,21 @@ def test_a_damaged_conversion_is_made_again(
     plain = open_checkpoint(str(first.folder))
     assert plain.sha256 != first.sha256
     assert plain.label != "converted"
+
+
+def test_identity_is_not_of_the_act_of_saving(tmp_path: Path) -> None:
+    """transformers notes its version, whether it was online, and where the model came from."""
+    model = families.build(families.config("llama-gqa-tied"), torch.float32)
+    model.save_pretrained(tmp_path / "a")
+    before = open_checkpoint(str(tmp_path / "a")).sha256
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    notes = {"transformers_version": "0.0", "_name_or_path": "elsewhere"}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(notes | config | notes))
+    tokenizer = {"local_files_only": True, "is_local": True}
+    assert open_checkpoint(str(tmp_path / "a")).sha256 == before
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
+    plain = open_checkpoint(str(tmp_path / "a")).sha256
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"bos_token": "<s>"}))
+    assert open_checkpoint(str(tmp_path / "a")).sha256 == plain != before
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    assert open_checkpoint(str(tmp_path / "a")).sha256 != plain
