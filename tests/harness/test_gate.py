@@ -662,6 +662,7 @@ def test_perturbations_change_what_they_say_and_nothing_else(model: str) -> None
     assert Perturbation(reverse=True).checkpoint(checkpoint) is checkpoint
 
 
+@pytest.mark.timeout(1800)
 def test_the_committed_gate_passes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = root / "results" / "reference" / "gate.json"
     if not path.is_file():

@@ -37,6 +37,8 @@ from kernels import reference as quantisers
 from methods import bits, checkpoint, decoder, gptq, pipeline, quarot, rope, rounding, transforms
 from methods.linear import Linear, QuantisedWeight
 
+pytestmark = pytest.mark.timeout(1200)
+
 FLOAT, QUAROT, GPTQ = "float", "quarot:rounding=rtn", "gptq:act_order=true"
 Plant = Callable[[pytest.MonkeyPatch], None]
 # Documents of each task, and how many seeds of noise a reference rests on. The float model needs none, and
