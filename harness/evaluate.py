@@ -146,7 +146,7 @@ def float_reference(
     if plan.resolved.kind != "perplexity":
         return None
     windows = _windows(checkpoint, str(plan.resolved.text), grid.perplexity_length)
-    ids = plan.about["float_windows"]
+    ids = [window for window in plan.about["float_windows"] if window in plan.ids]
     dtype = getattr(torch, grid.dtype)
     return divergence.reference(checkpoint, windows.tokens, ids, dtype, device, cache_folder) if ids else None
 
