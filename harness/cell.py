@@ -21,6 +21,7 @@ from torch import Tensor
 from harness import environment, store
 from harness.config import CellSpec, GridConfig
 from harness.evaluate import TaskPlan, batch_spread, float_reference, plan_tasks, run_task
+from harness.execution import counted, execution_of, memory_record
 from harness.perturb import Perturbation
 from harness.progress import Steps
 from harness.store import Record
@@ -29,9 +30,10 @@ from methods.bits import Bits
 from methods.calibration import Corpus, contamination, load_corpus, token_windows
 from methods.checkpoint import Checkpoint, open_checkpoint
 from methods.errors import UserError
+from methods.footprint import effective_bits, model_bits
 from methods.kurtosis import block_input_kurtosis
 from methods.method import Artifact, Context
-from methods.pipeline import Pipeline, Quantised, effective_bits, model_bits, quantise
+from methods.pipeline import Pipeline, Quantised, quantise
 
 PROBE_TOKENS = 1024
 
@@ -125,7 +127,7 @@ def identity(cell: CellSpec, model: Model, setting: Setting) -> Record:
         "method": method_record(pipeline),
         "bits": cell.bits,
         "seed": cell.seed,
-        "execution": "simulate",
+        "execution": execution_of(pipeline, grid),
         "quantiser": dataclasses.asdict(grid.quantiser),
         "calibration": {**setting.calibration.about, "samples": samples, "length": length}
         if calibrated
@@ -185,6 +187,7 @@ def new_record(about: Record, model: Model, setting: Setting) -> Record:
         "measured": {
             "seconds": {},
             "tasks": {},
+            "implementations": {},
             "started": store.now(),
             "command": setting.command,
             "commit": environment.commit(),
@@ -261,8 +264,9 @@ class CellRun:
         previous = store.read_record(self.folder)
         if previous is not None:
             record["tasks"] = _kept(previous, self.model, retry_failed)
-            seconds = previous["measured"].get("tasks", {})
-            record["measured"]["tasks"] = {name: seconds[name] for name in record["tasks"] if name in seconds}
+            for fact in ("tasks", "implementations"):
+                found = previous["measured"].get(fact, {})
+                record["measured"][fact] = {name: found[name] for name in record["tasks"] if name in found}
         store.note(self.folder, "started", kept=sorted(record["tasks"]))
         with environment.PeakMemory(self.setting.device) as memory:
             try:
@@ -285,11 +289,13 @@ class CellRun:
             }
             record["diagnostics"] = self._diagnostics(quantised) | self._batch_spread(quantised)
             record["measured"]["seconds"] |= quantised.seconds
+            record["measured"]["memory"] = memory_record(quantised.decoder, quantised.plan)
         for plan in self.model.tasks:
             with self.steps.step(plan.name, plan.units(grid)):
                 if plan.name not in record["tasks"]:
                     started = time.perf_counter()
-                    record["tasks"][plan.name] = self._score(quantised, plan)
+                    with counted(record["measured"]["implementations"], plan.name):
+                        record["tasks"][plan.name] = self._score(quantised, plan)
                     record["measured"]["tasks"][plan.name] = time.perf_counter() - started
                     record["tasks"] = self._in_order(record["tasks"])
                     store.write_record(self.folder, record)
@@ -330,6 +336,7 @@ class CellRun:
             calibration=tokens,
             probe=None if pipeline.is_float else self.model.probe,
             dtype=self._dtype,
+            execution=execution_of(pipeline, grid),
         )
 
     @property

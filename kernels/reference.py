@@ -1,5 +1,9 @@
 """The definition of every int4 operation in plain torch. Each kernel is tested against this file.
 
+Those of the packed KV cache are in `kv_reference`, the second part; the layout of packed codes in `packing`,
+integer products in `integer`, Hadamard matrices in `hadamard`. Here: quantisers, what is fused in front of
+them (RMSNorm, Hadamard), and the linear layer on packed weights.
+
 Quantisers, as in QuaRot and SpinQuant (arXiv 2404.00456 and 2405.16406). A *row* is the last axis of a
 tensor: one token's activations, one output channel's weights, one head's key. Each row, or each group of it,
 has its own scale s and, asymmetric, its own zero-point z. With clip ratio c and b bits:
@@ -19,12 +23,26 @@ cases need a rule:
   where the range is dynamic: no finite scale holds it. The scale carries this, the codes mean nothing there,
   and no other row notices. Under a static range ±Inf saturates.
 * float16 and bfloat16 are computed in float32 and their scales stay float32, because s underflows in float16.
+
+A result that its dtype cannot hold, such as a linear's float16 output above 65504, is ±Inf, alone.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Required, TypedDict, Unpack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.hadamard import hadamard_transform
+from kernels.integer import centred_dtype, centred_matmul
+from kernels.packing import pack, unpack
+
+# Codes that are unpacked at once, and results that are computed at once: what a core's cache holds.
+_SCRATCH = 2**20
+_TILE = 2**17
 
 
 @dataclass(frozen=True)
@@ -35,12 +53,14 @@ class Quantised:
     scale: [..., G], float32 or float64.
     zero: [..., G] in scale's dtype, whole numbers; None when symmetric.
     group: values that share a scale, None for the whole row.
+    bits: the width of the codes.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
     group: int | None
+    bits: int
 
 
 def quantise(
@@ -67,6 +87,7 @@ def quantise(
         scale.squeeze(-1),
         None if zero is None else zero.squeeze(-1),
         group,
+        bits,
     )
 
 
@@ -98,6 +119,267 @@ def fake_quantise(
     if zero is not None:
         values.sub_(zero)
     return values.mul_(scale).flatten(-2).to(x.dtype)
+
+
+class Quantiser(TypedDict, total=False):
+    """The arguments of `quantise` behind its input."""
+
+    bits: Required[int]
+    symmetric: Required[bool]
+    clip: float
+    group: int | None
+    scale: Tensor | None
+    zero: Tensor | None
+
+
+def rmsnorm_quantise(
+    x: Tensor,
+    *,
+    eps: float,
+    divisor: int | None = None,
+    gain: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    keep: int = 0,
+    **quantiser: Unpack[Quantiser],
+) -> tuple[Tensor | None, Quantised, Tensor]:
+    """RMSNorm of x [..., n], its first `keep` channels returned as they are, the others quantised.
+
+        rms = sqrt(Σ x² / divisor + eps S²)      y = x / rms, rounded to x's dtype, times gain
+
+    divisor: n by default. gain: [n] or [1]. row_scale: S [..., 1], 1 by default.
+    Returns y[..., :keep] (None for keep = 0), `quantise(y[..., keep:], ...)`, and rms [..., 1], which is
+    float32 for narrower x.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    floor: float | Tensor = eps if row_scale is None else eps * row_scale.square()
+    rms = (wide.square().sum(-1, keepdim=True) / (divisor or x.shape[-1]) + floor).sqrt()
+    y = (x / rms).to(x.dtype)
+    if gain is not None:
+        y = y * gain
+    return (*_split(y, keep, quantiser), rms)
+
+
+def hadamard_quantise(
+    x: Tensor, *, size: int, inner: int = 1, keep: int = 0, **quantiser: Unpack[Quantiser]
+) -> tuple[Tensor | None, Quantised]:
+    """The online Hadamard transform of x [..., n], its first `keep` channels returned, the others quantised.
+
+    size, inner: as in `online_hadamard`. Returns y[..., :keep] (None for keep = 0) and
+    `quantise(y[..., keep:], ...)`.
+    """
+    return _split(online_hadamard(x, size, inner), keep, quantiser)
+
+
+def online_hadamard(x: Tensor, size: int, inner: int = 1) -> Tensor:
+    """x [..., n] with n = blocks * size * inner, every block viewed [size, inner] and multiplied by the
+    orthonormal Hadamard matrix along `size`. Computed in float32 at least, rounded to x's dtype once."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    parts = wide.unflatten(-1, (-1, size, inner))
+    if inner == 1:
+        out = hadamard_transform(parts.squeeze(-1)).unsqueeze(-1)
+    else:
+        out = hadamard_transform(parts.transpose(-1, -2)).transpose(-1, -2)
+    return out.flatten(-3).to(x.dtype)
+
+
+def _split(y: Tensor, keep: int, quantiser: Quantiser) -> tuple[Tensor | None, Quantised]:
+    return (y[..., :keep] if keep else None), quantise(y[..., keep:] if keep else y, **quantiser)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A rounded weight [N, K] in packed codes: value = (code - zero) * scale.
+
+    packed: uint8 [N, packed_width(K, bits)], see `packing`. inputs: K. signed: whether the codes, and with
+    them `zero`, count from 0 (unsigned) or are two's complement.
+    scale, zero: [N, G], one for each of G groups of consecutive inputs (axis 1), or [N / group, K] (axis 0).
+    zero is None for symmetric codes and may be fractional.
+    colsum: int32 [N, G], the sum of the codes of each group as they are stored (signed), or None.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bits: int
+    inputs: int
+    signed: bool
+    axis: int = 1
+    colsum: Tensor | None = None
+
+    @property
+    def group(self) -> int:
+        """Consecutive entries along `axis` that share a scale."""
+        return (self.packed.shape[0] if self.axis == 0 else self.inputs) // self.scale.shape[self.axis]
+
+
+def pack_weight(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, axis: int = 1, *, colsum: bool = False
+) -> PackedWeight:
+    """Pack a weight's codes [N, K], int8 or uint8, with the scale and zero of `PackedWeight`.
+
+    colsum: also keep the sums of the codes, which inputs with zero-points need (else they are summed at
+    every use). Raises ValueError for codes out of range and shapes that do not fit.
+    """
+    _check_groups(codes, scale, zero, axis)
+    packed = pack(codes, bits)
+    sums = None
+    if colsum and axis == 1:
+        stored = unpack(packed, bits, codes.shape[1])
+        sums = stored.unflatten(1, (scale.shape[1], -1)).sum(-1, dtype=torch.int32)
+    return PackedWeight(packed, scale, zero, bits, codes.shape[1], codes.dtype == torch.int8, axis, sums)
+
+
+def dequantise_weight(w: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight [N, K] that w stands for, computed in the dtype of its scale and returned in `dtype` (None:
+    that of the scale)."""
+    weight = torch.empty(w.packed.shape[0], w.inputs, dtype=dtype or w.scale.dtype, device=w.scale.device)
+    for rows in _weight_rows(w, _TILE):
+        codes = unpack(w.packed[rows], w.bits, w.inputs, signed=w.signed)
+        groups = rows if w.axis == 1 else slice(rows.start // w.group, -(-rows.stop // w.group))
+        scale = w.scale[groups].unsqueeze(w.axis + 1)
+        part = weight[rows]
+        values = part if part.dtype == scale.dtype else torch.empty_like(part, dtype=scale.dtype)
+        grouped = values.copy_(codes).unflatten(w.axis, (scale.shape[w.axis], -1))
+        if w.zero is not None:
+            grouped.sub_(w.zero[groups].unsqueeze(w.axis + 1))
+        grouped.mul_(scale)
+        if values is not part:
+            part.copy_(values)
+    return weight
+
+
+def linear(
+    x: Tensor | Quantised,
+    w: PackedWeight,
+    *,
+    x_keep: Tensor | None = None,
+    w_keep: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y = (x wᵀ + x_keep w_keepᵀ + bias) * row_scale: [..., N] in `dtype`.
+
+    x: [..., K], floating point or quantised. x_keep [..., keep] and w_keep [N, keep]: channels in full
+    precision, which stand before the others. row_scale: [..., 1]. bias: [N].
+
+    Floating-point x (weight-only): one float product with [w_keep | dequantised w], in x's dtype.
+
+    Quantised x: with D_g the integer product of the codes over a run g of K_g inputs that share all scales,
+
+        E_g = D_g - z_x Σw - z_w Σx + K_g z_x z_w        y = Σ_g s_x (s_w E_g)
+
+    E_g is exact, in int32 or, where zero-points are large, in float64; fractional zero-points are multiplied
+    in float64. It is rounded to the wider of the scales' dtypes once, and the rest is computed in that dtype,
+    in the order written, s_x last (after the sum where a row has one). So without kept channels a row of y
+    does not depend, to the bit, on which other rows stand beside it. A row of x, or a group of it, whose
+    scale is not finite makes its row of y NaN.
+    Raises ValueError for axis-0 groups, for shapes that do not fit, and where D_g could leave int32.
+    """
+    channels = (x if isinstance(x, Tensor) else x.codes).shape[-1]
+    if channels != w.inputs:
+        raise ValueError(f"an input of {channels} channels for a weight of {w.inputs}")
+    if (x_keep is None) != (w_keep is None):
+        raise ValueError("kept channels need both their inputs and their weights")
+    if isinstance(x, Tensor):
+        weight = dequantise_weight(w, x.dtype)
+        if x_keep is not None and w_keep is not None:
+            x, weight = torch.cat((x_keep, x), dim=-1), torch.cat((w_keep, weight), dim=1)
+        y = F.linear(x, weight, bias)
+    else:
+        y = _integer_linear(x, w)
+        if x_keep is not None and w_keep is not None:
+            y = y + F.linear(x_keep.to(y.dtype), w_keep.to(y.dtype))
+        if bias is not None:
+            y = y + bias
+    if row_scale is not None:
+        y = y * row_scale
+    return y.to(dtype)
+
+
+def shared_run(x: Quantised, w: PackedWeight) -> int:
+    """The number of consecutive inputs whose integer product is formed at once: K where neither has groups.
+
+    Raises ValueError for axis-0 groups, whose scales change from input to input.
+    """
+    if w.axis == 0:
+        raise ValueError("axis-0 groups cannot run with quantised inputs")
+    return math.gcd(w.inputs // x.scale.shape[-1], w.group)
+
+
+def _integer_linear(x: Quantised, w: PackedWeight) -> Tensor:
+    """The product of quantised x [..., K] and w: [..., N] in the wider of the scales' dtypes.
+
+    It is computed in tiles, whose intermediate results stay in the cache; no value depends on them.
+    """
+    run = shared_run(x, w)
+    dtype = torch.promote_types(x.scale.dtype, w.scale.dtype)
+    groups = x.scale.shape[-1]
+    a, s_x = x.codes.reshape(-1, w.inputs), x.scale.reshape(-1, groups).to(dtype)
+    s_x = s_x.masked_fill(~s_x.isfinite(), float("nan"))
+    z_x = z_w = None
+    if x.zero is not None:
+        a, z_x = _signed(a, x.bits), x.zero.reshape(-1, groups).to(torch.float64) - 2 ** (x.bits - 1)
+    if w.zero is not None:
+        z_w = w.zero.to(torch.float64) - (0 if w.signed else 2 ** (w.bits - 1))
+    exact = centred_dtype(run, x.bits, w.bits, z_x, z_w)
+    z_x, z_w = (None if zero is None else zero.to(exact) for zero in (z_x, z_w))
+    y = torch.empty(a.shape[0], w.packed.shape[0], dtype=dtype, device=a.device)
+    for outputs in _weight_rows(w, _SCRATCH):
+        b = unpack(w.packed[outputs], w.bits, w.inputs)
+        s_w = w.scale[outputs].to(dtype)
+        step = max(_TILE // b.shape[0], 16)
+        for start in range(0, a.shape[0], step):
+            tokens = slice(start, start + step)
+            total: Tensor | None = None
+            for first in range(0, w.inputs, run):
+                part = slice(first, first + run)
+                g_x, g_w = first * groups // w.inputs, first // w.group
+                term = centred_matmul(
+                    a[tokens, part],
+                    b[:, part],
+                    a_bits=x.bits,
+                    b_bits=w.bits,
+                    a_zero=None if z_x is None else z_x[tokens, g_x],
+                    b_zero=None if z_w is None else z_w[outputs, g_w],
+                    b_sum=w.colsum[outputs, g_w] if w.colsum is not None and run == w.group else None,
+                )
+                term = term.to(dtype).mul_(s_w[:, g_w])
+                if groups > 1:
+                    term.mul_(s_x[tokens, g_x, None])
+                total = term if total is None else total.add_(term)
+            assert total is not None
+            y[tokens, outputs] = total.mul_(s_x[tokens]) if groups == 1 else total
+    return y.view(*x.codes.shape[:-1], y.shape[1])
+
+
+def _signed(codes: Tensor, bits: int) -> Tensor:
+    """Unsigned codes moved down by 2^(b-1), as int8."""
+    top = 2 ** (bits - 1)
+    return (codes ^ top).view(torch.int8) if bits == 8 else codes.view(torch.int8) - top
+
+
+def _weight_rows(w: PackedWeight, codes: int) -> Iterator[slice]:
+    """Runs of outputs of about as many codes as given; whole groups of them along axis 0."""
+    rows, step = w.packed.shape[0], max(codes // w.inputs, 1)
+    if w.axis == 0:
+        step = -(-step // w.group) * w.group
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _check_groups(codes: Tensor, scale: Tensor, zero: Tensor | None, axis: int) -> None:
+    if axis not in (0, 1):
+        raise ValueError(f"groups run along axis 0 or 1, got {axis}")
+    fits = codes.dim() == 2 and scale.dim() == 2 and scale.shape[1 - axis] == codes.shape[1 - axis]
+    if not fits or not codes.numel() or not scale.numel() or codes.shape[axis] % scale.shape[axis]:
+        raise ValueError(f"scales {tuple(scale.shape)} do not fit a weight {tuple(codes.shape)}, axis {axis}")
+    if zero is not None and (zero.shape != scale.shape or zero.dtype != scale.dtype):
+        raise ValueError(
+            f"zero-points {zero.dtype} {tuple(zero.shape)} do not fit scales {tuple(scale.shape)}"
+        )
+    if (zero is None) == (codes.dtype == torch.uint8):
+        raise ValueError("unsigned codes have zero-points, signed codes have none")
 
 
 def _grouped(x: Tensor, bits: int, clip: float, group: int | None) -> Tensor:

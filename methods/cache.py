@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from kernels.kv_reference import PackedRows, kv_resize
+
+Rows = Tensor | PackedRows
+
 
 class KVCache:
-    """Growable buffers of keys and values, one pair a layer, each [batch, kv_heads, capacity, head_dim].
+    """Growable room for the keys and the values of each layer, [batch, kv_heads, capacity, head_dim]: as
+    floats (`append`), or as packed rows that the int4 layer writes to (`reserve`).
 
-    Holds what it is given: quantising happens once, before `append`.
+    Floats are held as they are given: simulated quantisation happens once, before `append`.
     """
 
     def __init__(self, layers: int) -> None:
-        self._keys: list[Tensor | None] = [None] * layers
-        self._values: list[Tensor | None] = [None] * layers
+        self._rows: list[tuple[Rows, Rows] | None] = [None] * layers
         self._lengths = [0] * layers
 
     @property
@@ -22,14 +28,38 @@ class KVCache:
         """Positions held by every layer."""
         return min(self._lengths)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory held, room for further positions included."""
+        parts = (part for pair in self._rows if pair is not None for rows in pair for part in _tensors(rows))
+        storages = (part.untyped_storage() for part in parts)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write [B, H, T, D] keys and values behind what is there; return all positions of this layer."""
-        start = self._lengths[layer]
+        start, pair = self._lengths[layer], self._rows[layer]
         stop = start + keys.shape[2]
-        self._keys[layer] = _grown(self._keys[layer], keys, start, stop)
-        self._values[layer] = _grown(self._values[layer], values, start, stop)
-        self._lengths[layer] = stop
-        return self._view(self._keys[layer], stop), self._view(self._values[layer], stop)
+        if pair is None:
+            held = (keys, values)
+        else:
+            held = _floats(_grown(pair[0], start, stop)), _floats(_grown(pair[1], start, stop))
+            held[0][:, :, start:stop], held[1][:, :, start:stop] = keys, values
+        self._rows[layer], self._lengths[layer] = held, stop
+        return held[0][:, :, :stop], held[1][:, :, :stop]
+
+    def reserve(
+        self, layer: int, count: int, allocate: Callable[[int], tuple[PackedRows, PackedRows]]
+    ) -> tuple[PackedRows, PackedRows, int]:
+        """The packed keys and values of a layer with room for `count` more positions, which count as held
+        from now on, and the first of these. allocate(capacity): empty keys and values."""
+        start, pair = self._lengths[layer], self._rows[layer]
+        stop = start + count
+        if pair is None:
+            keys, values = allocate(stop)
+        else:
+            keys, values = _packed(_grown(pair[0], start, stop)), _packed(_grown(pair[1], start, stop))
+        self._rows[layer], self._lengths[layer] = (keys, values), stop
+        return keys, values, start
 
     def truncate(self, length: int) -> None:
         """Drop every position from `length` on, so that another continuation can be written."""
@@ -45,38 +75,44 @@ class KVCache:
         """
         copy = KVCache(len(self._lengths))
         copy._lengths = list(self._lengths)
-        for layer, length in enumerate(self._lengths):
-            copy._keys[layer] = _copied(self._keys[layer], length, room)
-            copy._values[layer] = _copied(self._values[layer], length, room)
+        copy._rows = [
+            None
+            if pair is None
+            else (_resized(pair[0], length, length + room), _resized(pair[1], length, length + room))
+            for pair, length in zip(self._rows, self._lengths, strict=True)
+        ]
         return copy
 
-    @staticmethod
-    def _view(buffer: Tensor | None, stop: int) -> Tensor:
-        assert buffer is not None
-        return buffer[:, :, :stop]
+
+def _grown(rows: Rows, length: int, needed: int) -> Rows:
+    """`rows`, of which `length` positions are held, moved to at least twice the room where it has no
+    `needed` positions."""
+    capacity = (rows if isinstance(rows, Tensor) else rows.codes).shape[2]
+    return rows if capacity >= needed else _resized(rows, length, max(2 * capacity, needed))
 
 
-def _grown(buffer: Tensor | None, new: Tensor, start: int, stop: int) -> Tensor:
-    """`buffer` with `new` written at start:stop, doubled first where it is too short."""
-    if buffer is None and start == 0:
-        return new
-    assert buffer is not None
-    if buffer.shape[2] < stop:
-        batch, heads, _, width = new.shape
-        larger = torch.empty(
-            batch, heads, max(2 * buffer.shape[2], stop), width, dtype=new.dtype, device=new.device
-        )
-        larger[:, :, :start] = buffer[:, :, :start]
-        buffer = larger
-    buffer[:, :, start:stop] = new
-    return buffer
-
-
-def _copied(buffer: Tensor | None, length: int, room: int) -> Tensor | None:
-    """The first `length` positions of `buffer` in a new one of `length + room`."""
-    if buffer is None:
-        return None
-    batch, heads, _, width = buffer.shape
-    copy = torch.empty(batch, heads, length + room, width, dtype=buffer.dtype, device=buffer.device)
-    copy[:, :, :length] = buffer[:, :, :length]
+def _resized(rows: Rows, length: int, capacity: int) -> Rows:
+    """The first `length` positions of `rows` in new room for `capacity`."""
+    if isinstance(rows, PackedRows):
+        return kv_resize(rows, length, capacity)
+    batch, heads, _, width = rows.shape
+    copy = torch.empty(batch, heads, capacity, width, dtype=rows.dtype, device=rows.device)
+    copy[:, :, :length] = rows[:, :, :length]
     return copy
+
+
+def _tensors(rows: Rows) -> list[Tensor]:
+    """The tensors of `rows` that grow with the positions."""
+    if isinstance(rows, Tensor):
+        return [rows]
+    return [part for part in vars(rows).values() if isinstance(part, Tensor) and part.dim() > 0]
+
+
+def _floats(rows: Rows) -> Tensor:
+    assert isinstance(rows, Tensor)
+    return rows
+
+
+def _packed(rows: Rows) -> PackedRows:
+    assert isinstance(rows, PackedRows)
+    return rows

@@ -10,12 +10,13 @@ the leading `model.`), so that checkpoints map one to one. The seams at which me
 - `MLP.hidden_transform`: online transform of down_proj's input (R4)
 - `Attention.kv`: quantiser of what is written to the KV cache
 - `Linear.activation`, `Linear.keep`, `Linear.quantised`: quantisers of each linear
+- `Linear.packed`, `Attention.packed`: set by methods/execution.py, they run on codes (int4 execution)
 - `Decoder.residual_scaling`: the per-token residual scale of FPTQuant
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import ops
+from kernels.kv_reference import PackedRows, kv_rows
 from kernels.reference import fake_quantise
 from methods import rope
 from methods.bits import KVSpec
 from methods.cache import KVCache
-from methods.linear import Linear, OnlineHadamard, project
+from methods.linear import Linear, OnlineHadamard, QuantisedInput, fused_quantiser, project
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,33 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.apply_gain((x / self.rms(x)).to(x.dtype))
 
+    def into(
+        self, x: Tensor, scale: Tensor | None, readers: Sequence[Linear]
+    ) -> tuple[Tensor | QuantisedInput, Tensor]:
+        """x normalised, as `readers` take it: in codes, by one operation, where they are packed and quantise
+        alike; and the root mean square [..., 1]. scale: as in `rms`."""
+        reader = fused_quantiser(readers)
+        if reader is None:
+            rms = self.rms(x, scale)
+            return self.apply_gain((x / rms).to(x.dtype)), rms
+        kept, codes, rms = ops.rmsnorm_quantise(
+            x,
+            eps=self.eps,
+            divisor=self.divisor,
+            gain=self.weight,
+            row_scale=scale,
+            keep=reader.keep,
+            **reader.input_quantiser(),
+        )
+        return reader.observed(QuantisedInput(codes, kept, x.dtype)), rms
+
 
 class Attention(nn.Module):
     """Causal grouped-query attention with RoPE; query heads of one group are consecutive.
 
-    `kv_observer`, where set, is shown every unquantised key and value, each [B, kv_heads, T, head_dim].
+    `kv_observer`, where set, is shown every unquantised key and value, each [B, kv_heads, T, head_dim];
+    `code_observer` the packed keys and values and the positions (from, to) just written. `packed`: keys and
+    values are held, and attended to, as codes.
     """
 
     k_scale: Tensor | None
@@ -123,8 +148,15 @@ class Attention(nn.Module):
         self.output_transform: OnlineHadamard | None = None
         self.kv: KVSpec | None = None
         self.kv_observer: Callable[[Tensor, Tensor], None] | None = None
+        self.code_observer: Callable[[PackedRows, PackedRows, int, int], None] | None = None
+        self.packed = False
         for name in ("k_scale", "k_zero", "v_scale", "v_zero"):
             self.register_buffer(name, None)
+
+    @property
+    def readers(self) -> tuple[Linear, ...]:
+        """The linears that read the normalised residual stream."""
+        return self.q_proj, self.k_proj, self.v_proj
 
     def quantise_kv(self, x: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
         """Keys or values [B, H, T, D] as the cache will hold them."""
@@ -138,7 +170,7 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | QuantisedInput,
         angles: tuple[Tensor, Tensor],
         mask: Tensor | None,
         cache: KVCache | None,
@@ -147,8 +179,7 @@ class Attention(nn.Module):
         """x: [B, T, hidden]; mask: bool [B or 1, 1, T, S] (True = attend) or None for plain causal."""
         batch, length, _ = x.shape
         query, key, value = (
-            y.view(batch, length, -1, self.head_dim).transpose(1, 2)
-            for y in project(x, self.q_proj, self.k_proj, self.v_proj)
+            y.view(batch, length, -1, self.head_dim).transpose(1, 2) for y in project(x, self.readers)
         )
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -157,22 +188,60 @@ class Attention(nn.Module):
             query, key = self.rotation(query), self.rotation(key)
         if self.kv_observer is not None:
             self.kv_observer(key, value)
-        key = self.quantise_kv(key, self.k_scale, self.k_zero)
-        value = self.quantise_kv(value, self.v_scale, self.v_zero)
-        if cache is not None:
-            key, value = cache.append(self.layer, key, value)
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None and length > 1,
-            enable_gqa=self.heads != self.kv_heads,
-        )
+        if self.packed:
+            out = self._attend_packed(query, key, value, mask, cache)
+        else:
+            key = self.quantise_kv(key, self.k_scale, self.k_zero)
+            value = self.quantise_kv(value, self.v_scale, self.v_zero)
+            if cache is not None:
+                key, value = cache.append(self.layer, key, value)
+            out = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=mask is None and length > 1,
+                enable_gqa=self.heads != self.kv_heads,
+            )
         out = out.transpose(1, 2).reshape(batch, length, -1)
-        if self.output_transform is not None:
-            out = self.output_transform(out)
-        return self.o_proj(out, row_scale)
+        return self.o_proj(out, row_scale, self.output_transform)
+
+    def _attend_packed(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """Append keys and values as codes, to the cache or to one of this pass alone, and attend to them."""
+        spec = self.kv
+        assert spec is not None
+        batch, heads, length, width = key.shape
+
+        def rows(capacity: int, scale: Tensor | None, zero: Tensor | None) -> PackedRows:
+            if spec.static and scale is None:
+                raise ValueError("a static range of keys and values is asked for, and none has been set")
+            return kv_rows(
+                batch,
+                heads,
+                capacity,
+                width,
+                spec.bits,
+                symmetric=spec.symmetric,
+                scale=scale,
+                zero=zero,
+                dtype=torch.promote_types(key.dtype, torch.float32),
+                device=key.device,
+            )
+
+        def allocate(capacity: int) -> tuple[PackedRows, PackedRows]:
+            return rows(capacity, self.k_scale, self.k_zero), rows(capacity, self.v_scale, self.v_zero)
+
+        keys, values, start = (
+            (*allocate(length), 0) if cache is None else cache.reserve(self.layer, length, allocate)
+        )
+        clip = 1.0 if spec.static else spec.clip
+        ops.kv_append(keys, key, start, clip=clip)
+        ops.kv_append(values, value, start, clip=clip)
+        if self.code_observer is not None:
+            self.code_observer(keys, values, start, start + length)
+        return ops.kv_attention(query, keys, values, start + length, mask=mask)
 
 
 class MLP(nn.Module):
@@ -186,12 +255,14 @@ class MLP(nn.Module):
         self.down_proj = Linear(hidden, width, config.mlp_bias)
         self.hidden_transform: OnlineHadamard | None = None
 
-    def forward(self, x: Tensor, row_scale: Tensor | None = None) -> Tensor:
-        gate, up = project(x, self.gate_proj, self.up_proj)
-        hidden = F.silu(gate) * up
-        if self.hidden_transform is not None:
-            hidden = self.hidden_transform(hidden)
-        return self.down_proj(hidden, row_scale)
+    @property
+    def readers(self) -> tuple[Linear, ...]:
+        """The linears that read the normalised residual stream."""
+        return self.gate_proj, self.up_proj
+
+    def forward(self, x: Tensor | QuantisedInput, row_scale: Tensor | None = None) -> Tensor:
+        gate, up = project(x, self.readers)
+        return self.down_proj(F.silu(gate) * up, row_scale, self.hidden_transform)
 
 
 @dataclass
@@ -209,18 +280,18 @@ class State:
     def to(self, device: torch.device) -> State:
         return State(self.stream.to(device), None if self.scale is None else self.scale.to(device))
 
-    def step(self, norm: RMSNorm, branch: nn.Module, *args: object) -> State:
+    def step(self, norm: RMSNorm, branch: Attention | MLP, *args: Any) -> State:
         """The state after stream + branch(norm(stream)).
 
         With a scale S: x' = x/rms + S' f(x/rms), S' = S/rms, so that x = S * plain stream throughout
         and the stream that enters each sum has unit RMS (FPTQuant's residual scaling).
         """
-        rms = norm.rms(self.stream, self.scale)
-        normalised = (self.stream / rms).to(self.stream.dtype)
+        x, rms = norm.into(self.stream, self.scale, branch.readers)
         if self.scale is None:
-            return State(self.stream + branch(norm.apply_gain(normalised), *args))
+            return State(self.stream + branch(x, *args))
         scale = self.scale / rms
-        return State(normalised + branch(norm.apply_gain(normalised), *args, row_scale=scale), scale)
+        normalised = (self.stream / rms).to(self.stream.dtype)
+        return State(normalised + branch(x, *args, row_scale=scale), scale)
 
 
 class Block(nn.Module):
@@ -272,6 +343,7 @@ class Decoder(nn.Module):
         if config.tied:
             self.lm_head.weight = self.embed_tokens
         self.residual_scaling = False
+        self.execution = "simulate"
         with torch.device("cpu"):  # also where the decoder itself is built without storage
             self.inverse_frequencies = rope.inverse_frequencies(
                 config.rope_theta, config.head_dim, config.rope_scaling
@@ -307,9 +379,6 @@ class Decoder(nn.Module):
             yield index, block
             if device != home:
                 block.to(home)
-                for _, linear in block.linears():
-                    if linear.quantised is not None:
-                        linear.quantised = linear.quantised.to(home)
 
     def embed(self, ids: Tensor) -> State:
         """ids [B, T] to the state that enters the first block."""

@@ -1,20 +1,22 @@
 """The decoder's linear layer and the online transforms in front of it.
 
 One class serves every state a linear passes through: plain, rounded (its weight is then the dequantised
-weight, its integer codes are kept beside it), and with a quantised input.
+weight, its integer codes are kept beside it), with a quantised input, and packed (the codes alone remain, and
+the int4 layer runs it).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import ops
 from kernels.hadamard import hadamard_transform
-from kernels.reference import fake_quantise
+from kernels.reference import PackedWeight, Quantised, Quantiser, fake_quantise, pack_weight
 from methods.bits import ActivationSpec, LinearSpec
 
 
@@ -50,16 +52,36 @@ class QuantisedWeight:
         return per_group.repeat_interleave(self.codes.shape[dim] // per_group.shape[dim], dim)
 
 
+@dataclass(frozen=True)
+class QuantisedInput:
+    """What a packed linear multiplies: the first `keep` channels as they are, [..., keep] or None, and the
+    codes of the rest, [..., in - keep]. dtype: of the activations, hence of the output."""
+
+    codes: Quantised
+    kept: Tensor | None
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """[..., in - keep]."""
+        return self.codes.codes.shape
+
+
 class Linear(nn.Module):
     """y = x Wᵀ (+ bias), times a scale per row where one is given.
 
     weight: [out, in]; bias: [out] or None. `activation` quantises the input, all but its first `keep`
     channels; static ranges live in the buffers `input_scale` and `input_zero` (each a scalar).
-    `observer`, where set, is shown every unquantised input [..., in].
+    `observer`, where set, is shown every unquantised input [..., in]; `code_observer` every quantised one
+    that a packed linear runs on.
+
+    `pack` ends the simulation: `packed` takes the place of the weight, which is then empty, and `kept`
+    [out, keep] holds the kept columns in the weight's dtype.
     """
 
     input_scale: Tensor | None
     input_zero: Tensor | None
+    kept: Tensor | None
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()
@@ -68,9 +90,27 @@ class Linear(nn.Module):
         self.activation: ActivationSpec | None = None
         self.keep = 0
         self.quantised: QuantisedWeight | None = None
+        self.packed: PackedWeight | None = None
         self.observer: Callable[[Tensor], None] | None = None
-        self.register_buffer("input_scale", None)
-        self.register_buffer("input_zero", None)
+        self.code_observer: Callable[[Quantised], None] | None = None
+        for name in ("input_scale", "input_zero", "kept"):
+            self.register_buffer(name, None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in), kept columns included, packed or not."""
+        if self.packed is not None:
+            return self.packed.packed.shape[0], self.keep + self.packed.inputs
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+        """Integer codes move with the module, as parameters and buffers do."""
+        super()._apply(fn, recurse)
+        if self.quantised is not None:
+            self.quantised = self.quantised.to(fn(self.quantised.codes).device)
+        if self.packed is not None:
+            self.packed = _moved(self.packed, fn(self.packed.packed).device)
+        return self
 
     def set_weight(self, weight: Tensor) -> None:
         """Replace the weight; its shape may differ (a widened residual stream)."""
@@ -83,26 +123,72 @@ class Linear(nn.Module):
         rounded = quantised.dequantise().to(self.weight.dtype)
         self.set_weight(torch.cat((self.weight[:, : self.keep], rounded), dim=1) if self.keep else rounded)
 
-    def quantise_input(self, x: Tensor) -> Tensor:
-        """x [..., in] as this linear sees it: fake-quantised per token, or by the static range."""
+    def pack(self) -> None:
+        """Keep the rounded weight as packed codes and drop everything else of it."""
+        if self.quantised is None:
+            raise ValueError("only a rounded weight can be packed")
+        codes, spec = self.quantised, self.quantised.spec
+        packed = pack_weight(
+            codes.codes,
+            codes.scale.clone(),  # it may be a part of a larger tensor
+            None if codes.zero is None else codes.zero.clone(),
+            spec.bits,
+            spec.axis,
+            colsum=self.activation is not None and not self.activation.symmetric,
+        )
+        self.take_packed(packed, self.weight[:, : self.keep].clone() if self.keep else None)
+
+    def take_packed(self, packed: PackedWeight, kept: Tensor | None) -> None:
+        """Become the linear of `packed` [out, in - keep] and the kept columns [out, keep]."""
+        self.packed, self.kept, self.quantised = packed, kept, None
+        self.set_weight(self.weight.new_empty(0))
+
+    def quantise_input(
+        self, x: Tensor | QuantisedInput, online: OnlineHadamard | None = None
+    ) -> Tensor | QuantisedInput:
+        """x [..., in], behind its online transform, as this linear sees it: quantised per token, or by the
+        static range; in codes where the linear is packed, else fake-quantised."""
+        if isinstance(x, QuantisedInput):
+            return x
+        if online is not None and (
+            self.packed is None or self.activation is None or self.observer is not None
+        ):
+            return self.quantise_input(online(x))
         if self.observer is not None:
             self.observer(x)
-        spec = self.activation
-        if spec is None:
+        if self.activation is None:
             return x
+        options = self.input_quantiser()
+        if self.packed is not None and online is not None:
+            kept, codes = ops.hadamard_quantise(
+                x, size=online.size, inner=online.inner, keep=self.keep, **options
+            )
+            return self.observed(QuantisedInput(codes, kept, x.dtype))
+        kept, part = (x[..., : self.keep], x[..., self.keep :]) if self.keep else (None, x)
+        if self.packed is not None:
+            return self.observed(QuantisedInput(ops.quantise(part, **options), kept, x.dtype))
+        part = fake_quantise(part, **options)
+        return part if kept is None else torch.cat((kept, part), dim=-1)
+
+    def input_quantiser(self) -> Quantiser:
+        """The arguments with which `kernels.reference.quantise` quantises this linear's input."""
+        spec = self.activation
+        assert spec is not None
         if spec.static and self.input_scale is None:
             raise ValueError("a static input range is asked for, and none has been set")
-        part = x[..., self.keep :] if self.keep else x
-        part = fake_quantise(
-            part,
-            spec.bits,
-            symmetric=spec.symmetric,
-            clip=1.0 if spec.static else spec.clip,  # a static range has been clipped when it was found
-            group=spec.group,
-            scale=self.input_scale,
-            zero=self.input_zero,
-        )
-        return torch.cat((x[..., : self.keep], part), dim=-1) if self.keep else part
+        return {
+            "bits": spec.bits,
+            "symmetric": spec.symmetric,
+            "clip": 1.0 if spec.static else spec.clip,  # a static range has been clipped when it was found
+            "group": spec.group,
+            "scale": self.input_scale,
+            "zero": self.input_zero,
+        }
+
+    def observed(self, x: QuantisedInput) -> QuantisedInput:
+        if self.code_observer is not None:
+            self.code_observer(x.codes)
+        return x
 
     def shares_input_with(self, other: Linear) -> bool:
         """Whether both quantise one input to the same numbers."""
@@ -111,27 +197,75 @@ class Linear(nn.Module):
             and self.keep == other.keep
             and self.input_scale is other.input_scale
             and self.input_zero is other.input_zero
+            and (self.packed is None) == (other.packed is None)
         )
 
-    def apply_to(self, x: Tensor, row_scale: Tensor | None = None) -> Tensor:
+    def apply_to(self, x: Tensor | QuantisedInput, row_scale: Tensor | None = None) -> Tensor:
         """The matrix product alone, for an input that is already quantised."""
+        if self.packed is not None:
+            kept = None
+            if isinstance(x, QuantisedInput):
+                operand: Tensor | Quantised = x.codes
+                kept = x.kept
+            else:
+                operand = x[..., self.keep :] if self.keep else x
+                kept = x[..., : self.keep] if self.keep else None
+            return ops.linear(
+                operand,
+                self.packed,
+                x_keep=kept,
+                w_keep=self.kept,
+                row_scale=row_scale,
+                bias=self.bias,
+                dtype=x.dtype,
+            )
+        assert isinstance(x, Tensor)
         y = F.linear(x, self.weight, self.bias)
         return y if row_scale is None else (y * row_scale).to(y.dtype)
 
-    def forward(self, x: Tensor, row_scale: Tensor | None = None) -> Tensor:
-        """x: [..., in]; row_scale: [..., 1]."""
-        return self.apply_to(self.quantise_input(x), row_scale)
+    def forward(
+        self,
+        x: Tensor | QuantisedInput,
+        row_scale: Tensor | None = None,
+        online: OnlineHadamard | None = None,
+    ) -> Tensor:
+        """x: [..., in]; row_scale: [..., 1]; online: a transform of x that runs before it is quantised."""
+        return self.apply_to(self.quantise_input(x, online), row_scale)
 
 
-def project(x: Tensor, *linears: Linear) -> list[Tensor]:
+def _moved(packed: PackedWeight, device: torch.device) -> PackedWeight:
+    return replace(
+        packed,
+        packed=packed.packed.to(device),
+        scale=packed.scale.to(device),
+        zero=None if packed.zero is None else packed.zero.to(device),
+        colsum=None if packed.colsum is None else packed.colsum.to(device),
+    )
+
+
+def project(x: Tensor | QuantisedInput, linears: Sequence[Linear]) -> list[Tensor]:
     """Outputs of several linears that read one input x [..., in]; equal quantisers run once."""
     results: list[Tensor] = []
-    previous: tuple[Linear, Tensor] | None = None
+    previous: tuple[Linear, Tensor | QuantisedInput] | None = None
     for linear in linears:
         if previous is None or not linear.shares_input_with(previous[0]) or linear.observer is not None:
             previous = (linear, linear.quantise_input(x))
         results.append(linear.apply_to(previous[1]))
     return results
+
+
+def fused_quantiser(linears: Sequence[Linear]) -> Linear | None:
+    """The first of several linears that read one normalised input, where one fused RMSNorm and quantiser can
+    serve them all: they are packed, quantise alike, and nobody watches the input in between."""
+    first = linears[0]
+    fused = all(
+        linear.packed is not None
+        and linear.activation is not None
+        and linear.observer is None
+        and linear.shares_input_with(first)
+        for linear in linears
+    )
+    return first if fused else None
 
 
 class OnlineHadamard(nn.Module):

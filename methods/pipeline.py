@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from methods import artifacts
-from methods.bits import Bits, LinearSpec, QuantiserSettings
+from methods.bits import Bits, QuantiserSettings
 from methods.checkpoint import Checkpoint
 from methods.decoder import Block, Decoder
 from methods.errors import UserError
+from methods.execution import EXECUTIONS, pack_decoder
 from methods.kurtosis import SiteKurtosis, block_input_kurtosis
 from methods.method import Artifact, Context, Method, Plan, default_plan
 from methods.ranges import set_ranges
@@ -109,9 +110,13 @@ def quantise(
     calibration: Tensor | None = None,
     probe: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    execution: str = "simulate",
 ) -> Quantised:
     """Run all stages on a fresh copy of the checkpoint. calibration: token ids [samples, length]; on
-    `probe`, ids [B, T], the kurtosis of block inputs is measured between transform and rounding."""
+    `probe`, ids [B, T], the kurtosis of block inputs is measured between transform and rounding.
+    execution: "simulate" leaves floats that stand for codes, "int4" packs them (methods/execution.py)."""
+    if execution not in EXECUTIONS:
+        raise UserError(f"execution {execution!r}: choose one of {', '.join(EXECUTIONS)}")
     settings = settings or QuantiserSettings()
     if pipeline.is_float != bits.is_float:
         raise UserError(
@@ -167,6 +172,9 @@ def quantise(
     model = model.to(ctx.device)
     set_ranges(model, ranges.tensors)
     set_quantisers(model, plan)
+    if execution == "int4":
+        notes += pack_decoder(model)
+        lap("pack")
     return Quantised(model, plan, notes, errors, kurtosis, seconds)
 
 
@@ -208,53 +216,3 @@ def set_quantisers(model: Decoder, plan: Plan) -> None:
         if plan.kv is None:
             # It serves the cache alone and leaves the scores as they are.
             block.self_attn.rotation = None
-
-
-def effective_bits(model: Decoder, plan: Plan) -> dict[str, float]:
-    """Bits per quantisable weight, activation and KV entry, scales, zero-points and kept columns counted
-    (16 bits a scale; `bits` bits a weight zero-point, 16 a KV zero-point, as they are stored)."""
-    weight_bits = weights = activation_bits = inputs = 0.0
-    for name, linear in model.linears():
-        spec = plan.linears.get(name, LinearSpec(bits=16))
-        count = linear.weight.numel()
-        weights += count
-        weight_bits += _weight_bits(linear.weight, spec)
-        width = linear.weight.shape[1]
-        inputs += width
-        if spec.activation is None:
-            activation_bits += 16 * width
-        else:
-            quantised = width - spec.keep
-            scales = quantised / (spec.activation.group or quantised)
-            overhead = (
-                0.0 if spec.activation.static else 16 * scales * (1 if spec.activation.symmetric else 2)
-            )
-            activation_bits += 16 * spec.keep + spec.activation.bits * quantised + overhead
-    kv = 16.0
-    if plan.kv is not None:
-        per_head = 0 if plan.kv.static else 16 * (1 if plan.kv.symmetric else 2)
-        kv = plan.kv.bits + per_head / model.config.head_dim
-    return {"weight": weight_bits / weights, "activation": activation_bits / inputs, "kv": kv}
-
-
-def model_bits(model: Decoder, plan: Plan) -> float:
-    """Bits of all weights: quantised linears with their scales, everything else at 16 bits, the head's own
-    copy of a tied embedding included where a transform has untied it."""
-    linears = dict(model.linears())
-    planned = sum(
-        _weight_bits(linear.weight, plan.linears.get(name, LinearSpec(bits=16)))
-        for name, linear in linears.items()
-    )
-    counted = {id(linear.weight) for linear in linears.values()}
-    rest = sum(tensor.numel() for tensor in model.parameters() if id(tensor) not in counted)
-    return planned + 16.0 * rest
-
-
-def _weight_bits(weight: Tensor, spec: LinearSpec) -> float:
-    if spec.bits >= 16:
-        return 16.0 * weight.numel()
-    outputs, inputs = weight.shape[0], weight.shape[1] - spec.keep
-    along, across = (inputs, outputs) if spec.axis == 1 else (outputs, inputs)
-    groups = across * (along / (spec.group or along))
-    per_group = 16 + (0 if spec.symmetric else spec.bits)
-    return 16.0 * outputs * spec.keep + spec.bits * outputs * inputs + per_group * groups

@@ -21,8 +21,9 @@ from methods.bits import FLOAT, Bits, QuantiserSettings
 from methods.checkpoint import Checkpoint, open_checkpoint
 from methods.decoder import Block, Decoder
 from methods.errors import UserError
+from methods.footprint import effective_bits
 from methods.method import Artifact, Context, Method, Plan
-from methods.pipeline import Pipeline, Quantised, effective_bits, quantise
+from methods.pipeline import Pipeline, Quantised, quantise
 from methods.registry import parse_method
 from tests import families
 from tests.families import reference_logits, relative

@@ -17,9 +17,10 @@ from methods.bits import Bits, QuantiserSettings
 from methods.checkpoint import Checkpoint, open_checkpoint
 from methods.decoder import Block, Decoder
 from methods.errors import UserError
+from methods.footprint import effective_bits
 from methods.linear import Linear
 from methods.method import Artifact, Context, Method, Plan
-from methods.pipeline import Pipeline, Quantised, effective_bits, quantise
+from methods.pipeline import Pipeline, Quantised, quantise
 from methods.ranges import set_ranges
 from methods.registry import parse_method
 from tests import families
@@ -192,7 +193,7 @@ def test_linears_of_one_input_share_its_range(checkpoints: dict[str, Checkpoint]
         assert attention.q_proj.shares_input_with(attention.v_proj)
         assert mlp.gate_proj.shares_input_with(mlp.up_proj)
         assert not attention.q_proj.shares_input_with(mlp.gate_proj)
-    with mock.patch.object(Linear, "quantise_input", autospec=True, side_effect=lambda _, x: x) as counted:
+    with mock.patch.object(Linear, "quantise_input", autospec=True, side_effect=lambda _, x, *__: x) as counted:
         decoder(IDS)
     assert counted.call_count == 4 * 2 + 1  # four inputs a layer, and lm_head's
 

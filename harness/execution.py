@@ -1,0 +1,54 @@
+"""How a cell computes, and what goes on record of it: bytes held, implementations that ran.
+
+Simulated execution computes with the floats that the codes stand for; int4 execution holds weights, keys and
+values as packed codes and runs the operations of kernels/ops.py, each of which counts the implementation that
+served it. Nothing goes from the one to the other by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from harness.config import GridConfig
+from harness.store import Record
+from kernels import ops
+from methods.decoder import Decoder
+from methods.footprint import memory
+from methods.method import Plan
+from methods.pipeline import Pipeline
+
+
+def execution_of(pipeline: Pipeline, grid: GridConfig) -> str:
+    """A cell's execution: the grid's, but "simulate" of a float cell, which has nothing to pack. It is thus
+    one cell in grids of either execution, and the reference of both."""
+    return "simulate" if pipeline.is_float else grid.execution
+
+
+def memory_record(decoder: Decoder, plan: Plan) -> Record:
+    """{"linears", "rest", "kv_token": {"computed", "measured", "float16"}}, each in bytes, as in
+    `methods.footprint.Memory`; float16: of as many values at 16 bits each."""
+    found = memory(decoder, plan)
+    config = decoder.config
+    values = {
+        "linears": sum(outputs * inputs for outputs, inputs in (x.shape for _, x in decoder.linears())),
+        "kv_token": 2 * config.layers * config.kv_heads * config.head_dim,
+    }
+    record = asdict(found)
+    for part, count in values.items():
+        record[part]["float16"] = 2.0 * count
+    return record
+
+
+@contextmanager
+def counted(into: Record, task: str) -> Iterator[None]:
+    """Put into[task] = {operation: {implementation: calls}} for what int4 execution runs inside; nothing
+    where that is none of it."""
+    ops.reset_implementations()
+    try:
+        yield
+    finally:
+        found = ops.implementations()
+        if found:
+            into[task] = found

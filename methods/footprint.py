@@ -1,0 +1,124 @@
+"""What a quantised model takes: effective bits of its plan, and bytes, computed and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from methods.bits import LinearSpec
+from methods.decoder import Decoder
+from methods.linear import Linear
+from methods.method import Plan
+
+MEASURED_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """computed: what the bit-widths promise. measured: what is held."""
+
+    computed: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a decoder: the weights of its quantisable linears (codes, scales, zero-points, kept columns),
+    all its other tensors, and the KV cache for each token of one sequence.
+
+    Computed as `effective_bits` counts: b bits a code, 16 for a scale and for whatever is not quantised.
+    Measured on the storages that the decoder and, after a prefill of 256 tokens (or of the model's positions,
+    where those are fewer), its cache hold. A simulated decoder holds floats, and codes of a byte each.
+    """
+
+    linears: Bytes
+    rest: Bytes
+    kv_token: Bytes
+
+
+@torch.no_grad()
+def memory(model: Decoder, plan: Plan) -> Memory:
+    """Memory of a decoder whose quantisers are set, in either execution."""
+    named = dict(model.linears())
+    in_linears = {name: linear_bits(linear, _spec(plan, name)) / 8 for name, linear in named.items()}
+    weights = _storages(tensor for linear in named.values() for tensor in _weight_tensors(linear))
+    everything = _storages((*model.parameters(), *model.buffers())) | weights
+    linears = Bytes(sum(in_linears.values()), sum(weights.values()))
+    rest = Bytes(model_bits(model, plan) / 8 - linears.computed, sum(everything.values()) - linears.measured)
+
+    tokens = min(MEASURED_TOKENS, model.config.max_positions)
+    cache = model.new_cache()
+    ids = torch.arange(tokens, device=model.device)[None] % model.config.vocab_size
+    model.states(ids, cache=cache)
+    values = 2 * model.config.layers * model.config.kv_heads * model.config.head_dim
+    kv_token = Bytes(effective_bits(model, plan)["kv"] / 8 * values, cache.nbytes / tokens)
+    return Memory(linears, rest, kv_token)
+
+
+def _weight_tensors(linear: Linear) -> Iterable[Tensor]:
+    parts: list[Tensor | None] = [linear.weight, linear.kept]
+    for codes in (linear.quantised, linear.packed):
+        if codes is not None:
+            parts += [part for part in vars(codes).values() if isinstance(part, Tensor)]
+    return (part for part in parts if part is not None)
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of every distinct storage, by its address."""
+    storages = (tensor.untyped_storage() for tensor in tensors if tensor.numel())
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def _spec(plan: Plan, name: str) -> LinearSpec:
+    return plan.linears.get(name, LinearSpec(bits=16))
+
+
+def effective_bits(model: Decoder, plan: Plan) -> dict[str, float]:
+    """Bits per quantisable weight, activation and KV entry, scales, zero-points and kept columns counted
+    (16 bits a scale; `bits` bits a weight zero-point, 16 a KV zero-point, as they are stored)."""
+    weight_bits = weights = activation_bits = inputs = 0.0
+    for name, linear in model.linears():
+        spec = _spec(plan, name)
+        outputs, width = linear.shape
+        weights += outputs * width
+        weight_bits += linear_bits(linear, spec)
+        inputs += width
+        if spec.activation is None:
+            activation_bits += 16 * width
+        else:
+            quantised = width - spec.keep
+            scales = quantised / (spec.activation.group or quantised)
+            overhead = (
+                0.0 if spec.activation.static else 16 * scales * (1 if spec.activation.symmetric else 2)
+            )
+            activation_bits += 16 * spec.keep + spec.activation.bits * quantised + overhead
+    kv = 16.0
+    if plan.kv is not None:
+        per_head = 0 if plan.kv.static else 16 * (1 if plan.kv.symmetric else 2)
+        kv = plan.kv.bits + per_head / model.config.head_dim
+    return {"weight": weight_bits / weights, "activation": activation_bits / inputs, "kv": kv}
+
+
+def model_bits(model: Decoder, plan: Plan) -> float:
+    """Bits of all weights: quantised linears with their scales, everything else at 16 bits, the head's own
+    copy of a tied embedding included where a transform has untied it."""
+    linears = dict(model.linears())
+    planned = sum(linear_bits(linear, _spec(plan, name)) for name, linear in linears.items())
+    counted = {id(linear.weight) for linear in linears.values()}
+    rest = sum(tensor.numel() for tensor in model.parameters() if id(tensor) not in counted)
+    return planned + 16.0 * rest
+
+
+def linear_bits(linear: Linear, spec: LinearSpec) -> float:
+    """Bits of one linear's weight by its spec, 16 for a scale and for what is kept."""
+    outputs, inputs = linear.shape
+    if spec.bits >= 16:
+        return 16.0 * outputs * inputs
+    inputs -= spec.keep
+    along, across = (inputs, outputs) if spec.axis == 1 else (outputs, inputs)
+    groups = across * (along / (spec.group or along))
+    per_group = 16 + (0 if spec.symmetric else spec.bits)
+    return 16.0 * outputs * spec.keep + spec.bits * outputs * inputs + per_group * groups

@@ -1,0 +1,195 @@
+"""RMSNorm and Hadamard followed by quantising, to the bit what the decoder's modules and `quantise` do."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.hadamard import hadamard_matrix, is_known_order, largest_known_divisor
+from kernels.reference import (
+    Quantised,
+    Quantiser,
+    dequantise,
+    fake_quantise,
+    hadamard_quantise,
+    online_hadamard,
+    quantise,
+    rmsnorm_quantise,
+)
+from methods.decoder import RMSNorm
+from methods.linear import OnlineHadamard
+
+NAN, INF = float("nan"), float("inf")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and torch.equal(a.nan_to_num(12345.0), b.nan_to_num(12345.0))
+
+
+def same_codes(a: Quantised, b: Quantised) -> bool:
+    return (a.group, a.bits) == (b.group, b.bits) and all(
+        same(x, y) for x, y in ((a.codes, b.codes), (a.scale, b.scale), (a.zero, b.zero))
+    )
+
+
+QUANTISERS: st.SearchStrategy[Quantiser] = st.builds(
+    lambda bits, symmetric, clip, group, static: {
+        "bits": bits,
+        "symmetric": symmetric,
+        "clip": 1.0 if static else clip,
+        "group": group,
+        "scale": torch.tensor(0.25) if static else None,
+        "zero": torch.tensor(2.0) if static and not symmetric else None,
+    },
+    st.integers(2, 8),
+    st.booleans(),
+    st.sampled_from([1.0, 0.9]),
+    st.sampled_from([None, 4]),
+    st.booleans(),
+)
+
+
+@given(
+    QUANTISERS,
+    st.sampled_from(DTYPES),
+    st.sampled_from([(3, 16), (1, 2, 24), (0, 8), (8,)]),
+    st.sampled_from([None, 7, 12]),
+    st.sampled_from([None, "full", "single"]),
+    st.booleans(),
+    st.sampled_from([0, 4]),
+    st.booleans(),
+)
+def test_rmsnorm_equals_the_module_and_the_quantiser(
+    quantiser: Quantiser,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    divisor: int | None,
+    gain: str | None,
+    scaled: bool,
+    keep: int,
+    strided: bool,
+) -> None:
+    module = RMSNorm(shape[-1], 1e-5, gain == "single", divisor)
+    if gain is None:
+        module.weight = None
+    else:
+        assert module.weight is not None
+        module.weight = torch.nn.Parameter(random(*module.weight.shape, seed=1, dtype=dtype), False)
+    x = random(*shape, dtype=dtype) * 3
+    if strided:
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    wide = torch.promote_types(dtype, torch.float32)
+    row_scale = random(*shape[:-1], 1, seed=2, dtype=wide).abs() + 0.5 if scaled else None
+    kept, q, rms = rmsnorm_quantise(
+        x, eps=1e-5, divisor=divisor, gain=module.weight, row_scale=row_scale, keep=keep, **quantiser
+    )
+    want_rms = module.rms(x, row_scale)
+    y = module(x) if row_scale is None else module.apply_gain((x / want_rms).to(dtype))
+    assert rms.dtype == wide and torch.equal(rms, want_rms)
+    assert same(kept, y[..., :keep] if keep else None)
+    assert same_codes(q, quantise(y[..., keep:], **quantiser))
+    # What the simulated path multiplies is the same.
+    assert torch.equal(dequantise(q).to(dtype), fake_quantise(y[..., keep:], **quantiser))
+
+
+def test_rmsnorm_against_float64() -> None:
+    x, gain, scale = random(5, 24), random(24, seed=1), random(5, 1, seed=2).abs()
+    kept, q, rms = rmsnorm_quantise(
+        x, eps=0.1, divisor=16, gain=gain, row_scale=scale, keep=8, bits=8, symmetric=True
+    )
+    wide = x.double()
+    want = (wide.square().sum(-1, keepdim=True) / 16 + 0.1 * scale.double() ** 2).sqrt()
+    torch.testing.assert_close(rms, want.float())
+    assert kept is not None
+    torch.testing.assert_close(kept, (wide / want * gain)[:, :8].float())
+    error = (dequantise(q) - (wide / want * gain)[:, 8:]).abs()
+    assert (error <= 0.5001 * q.scale).all()
+
+
+def test_rmsnorm_of_zero_and_poisoned_rows() -> None:
+    x = random(4, 16)
+    options: dict[str, Any] = {"eps": 1e-6, "keep": 4, "bits": 4, "symmetric": True}
+    clean = rmsnorm_quantise(x, **options)
+    for bad in (NAN, INF, -INF, 3e38):  # the last one's square overflows, so that its row becomes 0
+        x[1, 9] = bad
+        x[2] = 0.0
+        kept, q, rms = rmsnorm_quantise(x, **options)
+        assert kept is not None and clean[0] is not None
+        for i in (0, 3):
+            assert torch.equal(kept[i], clean[0][i]) and torch.equal(rms[i], clean[2][i])
+            assert torch.equal(q.codes[i], clean[1].codes[i]) and torch.equal(q.scale[i], clean[1].scale[i])
+        assert (q.codes[2] == 0).all() and (kept[2] == 0).all() and rms[2] == pytest.approx(1e-3)
+        values = dequantise(q)[1]
+        assert (values == 0).all() if bad == 3e38 else values.isnan().all()
+
+
+@pytest.mark.parametrize("size", [n for n in range(1, 201) if is_known_order(n)])
+def test_hadamard_of_every_size(size: int) -> None:
+    x = random(3, 2 * size, seed=size)
+    module = OnlineHadamard(size)
+    assert torch.equal(online_hadamard(x, size), module(x))
+    want = (x.double().view(3, 2, size) @ hadamard_matrix(size)).flatten(1) / size**0.5
+    torch.testing.assert_close(online_hadamard(x, size).double(), want, rtol=1e-5, atol=1e-5)
+    kept, q = hadamard_quantise(x, size=size, bits=4, symmetric=True, clip=0.9)
+    assert kept is None and same_codes(q, quantise(module(x), 4, symmetric=True, clip=0.9))
+
+
+@pytest.mark.parametrize("width", [7, 14, 92, 172, 107 * 4, 576])
+def test_hadamard_in_blocks_where_the_whole_is_unknown(width: int) -> None:
+    x = random(2, width)
+    size = largest_known_divisor(width)
+    _, q = hadamard_quantise(x, size=size, bits=8, symmetric=False)
+    assert same_codes(q, quantise(OnlineHadamard(size)(x), 8, symmetric=False))
+    with pytest.raises(ValueError, match="no Hadamard matrix of order 92"):
+        hadamard_quantise(random(1, 92), size=92, bits=4, symmetric=True)
+
+
+@given(
+    QUANTISERS,
+    st.sampled_from(DTYPES),
+    st.sampled_from([1, 2, 4, 12]),
+    st.sampled_from([1, 3, 8]),
+    st.sampled_from([0, 4]),
+    st.booleans(),
+)
+def test_hadamard_equals_the_module_and_the_quantiser(
+    quantiser: Quantiser, dtype: torch.dtype, size: int, inner: int, keep: int, strided: bool
+) -> None:
+    x = random(2, 3, 8 * size * inner, dtype=dtype)
+    if strided:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    y = OnlineHadamard(size, inner)(x)
+    kept, q = hadamard_quantise(x, size=size, inner=inner, keep=keep, **quantiser)
+    assert torch.equal(online_hadamard(x, size, inner), y)
+    assert same(kept, y[..., :keep] if keep else None)
+    assert same_codes(q, quantise(y[..., keep:], **quantiser))
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_hadamard_of_zero_and_poisoned_rows(bad: float) -> None:
+    x = random(4, 16)
+    _, clean = hadamard_quantise(x, size=16, bits=4, symmetric=False)
+    x[1, 9], x[2] = bad, 0.0
+    _, q = hadamard_quantise(x, size=16, bits=4, symmetric=False)
+    values = dequantise(q)
+    assert torch.equal(values[[0, 3]], dequantise(clean)[[0, 3]])
+    assert values[1].isnan().all() and (values[2] == 0).all()
+
+
+def test_inference_mode() -> None:
+    x = random(2, 24)
+    want = rmsnorm_quantise(x, eps=1e-5, bits=4, symmetric=True)[1]
+    turned = hadamard_quantise(x, size=24, bits=4, symmetric=True)[1]
+    with torch.inference_mode():
+        assert same_codes(rmsnorm_quantise(x, eps=1e-5, bits=4, symmetric=True)[1], want)
+        assert same_codes(hadamard_quantise(x, size=24, bits=4, symmetric=True)[1], turned)
