@@ -172,6 +172,12 @@ def name_of(cell: Cell) -> str:
     return f"{record['model']['name']}, {record['method']['row']}, {cell.bits}, seed {cell.seed}"
 
 
+def _whole_name(cell: Cell) -> str:
+    """With the execution where it is not the usual one: two cells may differ in it alone."""
+    execution = cell.record.get("execution", "simulate")
+    return name_of(cell) + (f", {execution}" if execution != "simulate" else "")
+
+
 def _lines(a: Cell, b: Cell, left_out: list[str], name: str) -> Iterator[Line]:
     where = f"{name}, " if name else ""
     for column in columns_of([a, b]):
@@ -267,7 +273,7 @@ def markdown(a: Side, b: Side, comparison: Comparison) -> str:
 
 
 def _what(side: Side) -> str:
-    return f" ({len(side.cells)} cells)" if side.is_run else f" ({name_of(side.cells[0])})"
+    return f" ({len(side.cells)} cells)" if side.is_run else f" ({_whole_name(side.cells[0])})"
 
 
 def _table(lines: Sequence[Line]) -> str:
@@ -313,7 +319,7 @@ def as_json(a: Side, b: Side, comparison: Comparison) -> dict[str, Any]:
         "comparisons": [
             {
                 "cells": [line.a.record["id"], line.b.record["id"]],
-                "names": [name_of(line.a), name_of(line.b)],
+                "names": [_whole_name(line.a), _whole_name(line.b)],
                 "task": line.column.task,
                 "metric": line.column.metric,
                 "n": line.paired.n,

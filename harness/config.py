@@ -52,7 +52,8 @@ class GridConfig(_Strict):
     """A grid of methods x models x bits x tasks and the settings that all its cells share.
 
     `limits` gives single tasks a limit of their own. `seeds` is the number of repetitions, seeded 0, 1,
-    ...; `subset_seed` draws the documents, the same for every cell. Lengths are in tokens. `time_limit`:
+    ...; `subset_seed` draws the documents, the same for every cell. Lengths are in tokens. `execution`:
+    "simulate" computes with the floats that the codes stand for, "int4" with packed codes. `time_limit`:
     minutes a cell may take before it is given up as hanging.
     """
 
@@ -67,6 +68,7 @@ class GridConfig(_Strict):
     subset_seed: int = 0
     calibration: CalibrationConfig = CalibrationConfig()
     quantiser: QuantiserSettings = QuantiserSettings()
+    execution: Literal["simulate", "int4"] = "simulate"
     device: str = "cpu"
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     threads: int | None = Field(default=None, ge=1)

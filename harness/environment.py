@@ -24,7 +24,7 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "lm_eval", "datasets", "num
 _CODE = ("kernels", "methods", "harness")
 _PRESENTATION = {
     *("report.py", "records.py", "tables.py", "figures.py", "plots.py", "compare.py"),
-    *("stats.py", "inference.py", "evidence.py", "fidelity.py"),
+    *("stats.py", "inference.py", "evidence.py", "fidelity.py", "costs.py"),
     *("gate.py", "baseline.py", "movement.py", "judgement.py", "recording.py", "trial.py"),
     *("grid.py", "engine.py", "worker.py", "store.py", "progress.py"),
 }

@@ -48,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--calibration", metavar="NAME|PATH", help="boolq, wikitext2, c4, pile, or a text path"
     )
+    result.add_argument(
+        "--execution", help="simulate (4-bit arithmetic on floats) or int4 (packed weights and KV cache)"
+    )
     result.add_argument("--seeds", type=int, metavar="N", help="repetitions with seeds 0 .. N-1")
     result.add_argument("--device", help="cpu, cuda or cuda:N")
     result.add_argument("--dtype", help="float32, float64, bfloat16 or float16")
@@ -81,6 +84,7 @@ def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
         "limit",
         "calibration",
         "seeds",
+        "execution",
         "device",
         "dtype",
         "threads",

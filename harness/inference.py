@@ -88,8 +88,10 @@ def documents_for(difference: float, flips: float) -> float:
 
 
 def _satterthwaite(variances: Sequence[float], dfs: Sequence[float]) -> float:
-    """Degrees of freedom of a sum of variance estimates (Satterthwaite 1946)."""
-    if any(math.isnan(variance) for variance in variances):
+    """Degrees of freedom of a sum of variance estimates (Satterthwaite 1946); NaN where one is unknown or
+    has none, as of a single document."""
+    parts = [(variance, df) for variance, df in zip(variances, dfs, strict=True) if variance]
+    if any(math.isnan(variance) or df == 0 for variance, df in parts):
         return math.nan
-    weight = sum(v**2 / df for v, df in zip(variances, dfs, strict=True) if v)
+    weight = sum(variance**2 / df for variance, df in parts)
     return sum(variances) ** 2 / weight if weight else math.inf

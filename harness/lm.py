@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -371,9 +372,11 @@ class DecoderLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """Goes into the configuration that lm-eval records."""
         config = self.decoder.config
+        # The weight of a packed linear is no parameter.
+        packed = (math.prod(x.shape) for _, x in self.decoder.linears() if x.packed is not None)
         return {
             "model_family": config.family,
-            "model_num_parameters": sum(parameter.numel() for parameter in self.decoder.parameters()),
+            "model_num_parameters": sum(x.numel() for x in self.decoder.parameters()) + sum(packed),
             "model_dtype": str(self.decoder.dtype).removeprefix("torch."),
             "model_device": self.device.type,
             "max_length": self.max_length,

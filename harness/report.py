@@ -18,6 +18,7 @@ from typing import Any
 from tabulate import tabulate
 
 from harness import store
+from harness.costs import cost_section
 from harness.evidence import (
     Differences,
     paired_rows,
@@ -105,7 +106,7 @@ def _write(folder: Path, out: Path, manifest: dict[str, Any] | None) -> Path:
     text += _settings_section(run)
     text += _notes_section(models)
     text += _failures_section(run)
-    text += _cost_section(run, models)
+    text += cost_section(run, models)
     path = out / "report.md"
     store.write_text(path, "\n\n".join(text) + "\n")
     return path
@@ -229,7 +230,8 @@ def _settings_section(run: Run) -> list[str]:
             "model": f"{model['name']}, {model.get('label')}, sha256 {str(model.get('sha256'))[:12]}",
             "calibration": calibration_text(calibration),
             **({} if cell.is_float else {f"quantisers at {cell.bits}": quantisers_text(record, cell.bits)}),
-            "execution": record.get("execution"),
+            # A float cell has nothing to execute otherwise: it is the same cell in every grid.
+            "execution": None if cell.is_float else record.get("execution"),
             "dtype": record.get("dtype"),
             "batch_size": record.get("batch_size"),
             "seed": cell.seed,
@@ -294,30 +296,6 @@ def _failures_section(run: Run) -> list[str]:
     if inapplicable:
         text += ["### Not applicable", table(["cell", "what", "reason"], inapplicable)]
     return text
-
-
-def _cost_section(run: Run, models: Sequence[Model]) -> list[str]:
-    stages = ("load", "learn", "transform", "round", "evaluate")
-    lines = []
-    for name, row in ((str(model.record["name"]), row) for model in models for row in model.rows):
-        costs = [cell.record["measured"] for cell in row.cells if cell.record.get("measured")]
-        if not costs:
-            continue
-        line = [name, row.bits, row.label]
-        for stage in stages:
-            seconds = [cost["seconds"][stage] for cost in costs if stage in cost.get("seconds", {})]
-            line.append(f"{sum(seconds) / len(seconds):.1f}" if seconds else "–")
-        memory = [cost["peak_memory_bytes"] for cost in costs if cost.get("peak_memory_bytes")]
-        lines.append([*line, f"{max(memory) / 2**30:.2f}" if memory else "–"])
-    head = ["model", "bits", "method", *(f"{stage} (s)" for stage in stages), "peak memory (GiB)"]
-    note = "As measured on the machine of the settings: mean over seeds, of memory the largest."
-    facts = {
-        name: distinct((cell.record.get("measured") or {}).get(name) for cell in run.cells)
-        for name in ("command", "commit", "platform")
-    }
-    made = "; ".join(f"{name} `{value}`" for name, value in facts.items() if value != "–")
-    text = [table(head, lines), note] if lines else ["not recorded"]
-    return ["## Cost", *text, *([f"Made by: {plain(made)}."] if made else [])]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

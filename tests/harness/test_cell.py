@@ -60,6 +60,7 @@ def address(
         {"spec": dataclasses.replace(SPEC, bits="w4a4kv3")},
         {"spec": dataclasses.replace(SPEC, seed=1)},
         {"dtype": "float64"},
+        {"execution": "int4"},
         {"threads": 2},
         {"quantiser": {"activation_clip": 0.85}},
         {"calibration": {"corpus": "boolq", "samples": 5}},
@@ -83,6 +84,11 @@ def test_settings_are_in_the_address(model: cell.Model, change: dict[str, Any]) 
 )
 def test_what_cannot_change_a_number_is_not(model: cell.Model, change: dict[str, Any]) -> None:
     assert address(model, **change) == address(model)
+
+
+def test_a_float_cell_is_the_same_in_either_execution(model: cell.Model) -> None:
+    spec = CellSpec("", "float", "w16a16", 0)
+    assert address(model, spec, execution="int4") == address(model, spec)
 
 
 def test_machine_versions_and_code_are_in_the_address(

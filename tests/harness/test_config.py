@@ -35,6 +35,15 @@ def test_bits_are_kept_in_canonical_form() -> None:
     assert grid.bits == ("w4a16",)
 
 
+def test_execution_is_simulated_unless_asked_for(root: Path) -> None:
+    assert load_grid(None, GRID).execution == "simulate"
+    path = root / "grids" / "int4.yaml"
+    assert [load_grid(path, given).execution for given in ({}, {"execution": "simulate"})] == [
+        "int4",
+        "simulate",
+    ]
+
+
 def test_a_file_and_what_overrides_it(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
@@ -82,6 +91,7 @@ def test_the_default_path_needs_no_hub(changes: dict[str, object], hub: bool) ->
         ({"limits": {"piqa_locl": 3}}, "piqa_locl"),
         ({"seeds": 0}, "seeds"),
         ({"dtype": "int3"}, "dtype"),
+        ({"execution": "fp4"}, "execution: Input should be 'simulate' or 'int4'"),
         ({"quantiser": {"kv_clip": 2}}, "kv_clip"),
         ({"colour": "red"}, "colour"),
         ({"methods": []}, "methods"),
@@ -116,7 +126,7 @@ def test_files_that_are_no_grid(tmp_path: Path, text: str) -> None:
         load_grid(path, {})
 
 
-@pytest.mark.parametrize("name", ["quick", "full"])
+@pytest.mark.parametrize("name", ["quick", "full", "int4"])
 def test_shipped_grids_load(root: Path, name: str) -> None:
     grid = load_grid(root / "grids" / f"{name}.yaml", {})
     assert not needs_hub(grid)

@@ -25,6 +25,13 @@ def test_average_has_welchs_degrees_of_freedom() -> None:
     assert estimate.value == pytest.approx((a.mean() - b.mean()) / 2)
 
 
+def test_an_average_with_a_single_document_has_no_test() -> None:
+    estimate = inference.average([Estimate(0.5, 0.1, 0), Estimate(0.4, 0.1, 9)])
+    assert (estimate.value, estimate.stderr) == pytest.approx((0.45, math.sqrt(0.02) / 2))
+    assert math.isnan(estimate.df)
+    assert math.isnan(estimate.p_value())
+
+
 def test_over_seeds() -> None:
     one = Estimate(0.5, 0.1, 9)
     assert inference.over_seeds([one]) == one

@@ -1,0 +1,133 @@
+"""The report's section on costs: time, memory as computed and as measured, and which implementations ran.
+
+All of it was measured on one machine and varies; it stands in a record's "measured".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from harness.records import Cell, Model, Record, Row, Run, number
+from harness.tables import distinct, plain, table
+
+STAGES = ("load", "learn", "transform", "round", "pack", "evaluate")
+ALWAYS = {"load", "learn", "transform", "round", "evaluate"}
+"""Stages with a column of their own whether or not a cell has them."""
+MEASURED = "As measured on the machine of the settings: mean over seeds, of memory the largest."
+MEMORY = """\
+Computed: what the bit-widths promise, counted as in the effective bits: b bits a b-bit code, 16 bits a \
+scale, b bits a weight's zero-point and 16 a KV entry's, 16 bits a value that is not quantised. Measured: \
+the bytes of the tensors that the process held once the model was ready, each storage once; of the KV cache \
+those of a real prefill, per token. `linears` are the quantisable ones with their scales and zero-points, \
+`rest` is embedding, norms and lm_head, the KV cache is that of all layers. The ratios are measured bytes \
+over those of as many float16 values. Peak memory, above, is that of the whole process: quantising, scoring, \
+libraries and data included."""
+INT4 = """\
+Rows of int4 execution measure more than computed where scales are float32 (zero-points of weights too, \
+those of the KV cache take a byte), where what is not quantised is held in the settings' dtype, and where \
+rows are padded to 8 codes."""
+FLOATS = """\
+A simulated cell holds floats in the settings' dtype, of weights also the codes, a byte each. A float cell \
+has nothing to pack: it is one and the same cell in either execution."""
+OPERATIONS = """\
+Calls while tasks were scored, over all cells of int4 execution; of an interrupted cell, each task has the \
+calls of the run that scored it. Nothing is missing here: what no implementation can run ends its cell with \
+an error and is not simulated instead, and linears that stay in floating point, because their weights are \
+not quantised, are named in the notes on methods."""
+MEBIBYTE = 2**20
+
+
+def cost_section(run: Run, models: Sequence[Model]) -> list[str]:
+    rows = [
+        (str(model.record["name"]), row, costs)
+        for model in models
+        for row in model.rows
+        if (costs := _costs(row))
+    ]
+    facts = {
+        name: distinct((cell.record.get("measured") or {}).get(name) for cell in run.cells)
+        for name in ("command", "commit", "platform")
+    }
+    made = "; ".join(f"{name} `{value}`" for name, value in facts.items() if value != "–")
+    text = [_times(rows), MEASURED] if rows else ["not recorded"]
+    text += [f"Made by: {plain(made)}."] if made else []
+    return ["## Cost", *text, *_memory_section(rows), *_operations_section(run.cells)]
+
+
+def _costs(row: Row) -> list[Record]:
+    return [cell.record["measured"] for cell in row.cells if cell.record.get("measured")]
+
+
+Costs = Sequence[tuple[str, Row, Sequence[Record]]]
+
+
+def _times(rows: Costs) -> str:
+    taken = {stage for _, _, costs in rows for cost in costs for stage in cost.get("seconds", {})}
+    stages = [stage for stage in STAGES if stage in ALWAYS | taken]
+    lines = []
+    for name, row, costs in rows:
+        line = [name, row.bits, row.label]
+        for stage in stages:
+            seconds = [cost["seconds"][stage] for cost in costs if stage in cost.get("seconds", {})]
+            line.append(f"{sum(seconds) / len(seconds):.1f}" if seconds else "–")
+        memory = [cost["peak_memory_bytes"] for cost in costs if cost.get("peak_memory_bytes")]
+        lines.append([*line, f"{max(memory) / 2**30:.2f}" if memory else "–"])
+    head = ["model", "bits", "method", *(f"{stage} (s)" for stage in stages), "peak memory (GiB)"]
+    return table(head, lines)
+
+
+def _memory_section(rows: Costs) -> list[str]:
+    """Empty where no cell has it on record."""
+    lines, executions = [], set()
+    for name, row, costs in rows:
+        found = [cost["memory"] for cost in costs if cost.get("memory")]
+        if not found:
+            continue
+        largest = max(found, key=lambda memory: number(memory["linears"]["measured"]))
+        linears, rest, token = (largest[part] for part in ("linears", "rest", "kv_token"))
+        line = [name, row.bits, row.label]
+        line += [
+            f"{part[how] / MEBIBYTE:.2f}" for part in (linears, rest) for how in ("computed", "measured")
+        ]
+        line += [f"{token[how]:,.0f}" for how in ("computed", "measured")]
+        lines.append([*line, *(f"{part['measured'] / part['float16']:.3f}" for part in (linears, token))])
+        executions |= {row.first.record.get("execution")}
+    if not lines:
+        return []
+    head = ["model", "bits", "method"]
+    head += [f"{part} {how} (MiB)" for part in ("linears", "rest") for how in ("computed", "measured")]
+    head += [f"KV cache {how} (B/token)" for how in ("computed", "measured")]
+    head += ["linears / float16", "KV cache / float16"]
+    notes = [MEMORY, *([INT4] if "int4" in executions else []), *([FLOATS] if executions - {"int4"} else [])]
+    return ["### Memory of the model and its KV cache", table(head, lines), " ".join(notes)]
+
+
+def _operations_section(cells: Sequence[Cell]) -> list[str]:
+    """Empty without a cell in int4 execution."""
+    calls: dict[tuple[str, str], int] = {}
+    users: dict[tuple[str, str], int] = {}
+    for cell in cells:
+        own = operations_of(cell)
+        for key, count in own.items():
+            calls[key] = calls.get(key, 0) + count
+            users[key] = users.get(key, 0) + 1
+    if not calls:
+        return []
+    lines: list[list[Any]] = [[*key, f"{calls[key]:,}", users[key]] for key in sorted(calls)]
+    head = ["operation", "implementation", "calls", "cells"]
+    return ["### Implementations that ran", table(head, lines), OPERATIONS]
+
+
+def operations_of(cell: Cell) -> dict[tuple[str, str], int]:
+    """Calls by (operation, implementation), over the cell's tasks."""
+    found: dict[tuple[str, str], int] = {}
+    measured = cell.record.get("measured") or {}
+    for task, operations in (measured.get("implementations") or {}).items():
+        if not cell.task(task):
+            continue
+        for operation, implementations in operations.items():
+            for implementation, count in implementations.items():
+                key = operation, implementation
+                found[key] = found.get(key, 0) + count
+    return found
