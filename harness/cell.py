@@ -29,6 +29,7 @@ from methods import artifacts, assets, lattice
 from methods.bits import Bits
 from methods.calibration import Corpus, contamination, load_corpus, token_windows
 from methods.checkpoint import Checkpoint, open_checkpoint
+from methods.device import parse_device
 from methods.errors import UserError
 from methods.footprint import effective_bits, model_bits
 from methods.kurtosis import block_input_kurtosis
@@ -56,7 +57,7 @@ class Calibration:
     about: Record
 
     def tokens(self, model: Model, grid: GridConfig, pipeline: Pipeline, seed: int) -> Tensor:
-        samples, length = calibration_shape(grid, pipeline)
+        samples, length = pipeline.calibration_shape(grid.calibration.samples, grid.calibration.length)
         return token_windows(
             self.corpus, model.checkpoint.tokenizer, samples=samples, length=length, seed=seed
         )
@@ -75,7 +76,7 @@ class Setting:
 
 def open_setting(grid: GridConfig, command: str, perturbation: Perturbation | None = None) -> Setting:
     """Check the device, set the threads, read the calibration text. UserError for what cannot be had."""
-    device = environment.parse_device(grid.device)
+    device = parse_device(grid.device)
     if grid.threads is not None:
         torch.set_num_threads(grid.threads)
     corpus = load_corpus(grid.calibration.corpus, "calibration")
@@ -103,23 +104,10 @@ def open_model(name: str, grid: GridConfig) -> Model:
     return Model(checkpoint, plan_tasks(grid, checkpoint), about, probe)
 
 
-def calibration_shape(grid: GridConfig, pipeline: Pipeline) -> tuple[int, int]:
-    """Calibration sequences and their length: the method's own options, else (but for paper presets) the
-    grid's, else the preset's."""
-    lead = pipeline.lead
-    samples, length = lead.calibration_shape()
-    if lead.preset == "paper":
-        return samples, length
-    return (
-        lead.samples or grid.calibration.samples or samples,
-        lead.length or grid.calibration.length or length,
-    )
-
-
 def identity(cell: CellSpec, model: Model, setting: Setting) -> Record:
     """Everything that can change a cell's numbers, tasks aside: those carry keys of their own."""
     grid, pipeline = setting.grid, cell.pipeline
-    samples, length = calibration_shape(grid, pipeline)
+    samples, length = pipeline.calibration_shape(grid.calibration.samples, grid.calibration.length)
     calibrated = pipeline.calibrates(Bits.parse(cell.bits), grid.quantiser)
     perturbed = {} if setting.perturbation is None else dataclasses.asdict(setting.perturbation)
     return {
@@ -205,7 +193,7 @@ def quantising_units(cell: CellSpec, grid: GridConfig) -> float:
     pipeline = cell.pipeline
     if pipeline.is_float:
         return 500.0
-    samples, length = calibration_shape(grid, pipeline)
+    samples, length = pipeline.calibration_shape(grid.calibration.samples, grid.calibration.length)
     # GPTQ passes the calibration text through each block about three times and then solves; rounding to
     # nearest takes as long as some ten thousand tokens.
     return 3.0 * samples * length if pipeline.rounding == "gptq" else 10_000.0

@@ -17,8 +17,6 @@ from typing import Any
 import psutil
 import torch
 
-from methods.errors import UserError
-
 ROOT = Path(__file__).resolve().parent.parent
 _LIBRARIES = ("torch", "transformers", "tokenizers", "lm_eval", "datasets", "numpy", "scipy")
 _CODE = ("kernels", "methods", "harness")
@@ -62,21 +60,6 @@ def oom_kills() -> int:
         except (OSError, ValueError):
             continue
     return 0
-
-
-def parse_device(text: str) -> torch.device:
-    """cpu, cuda or cuda:N; UserError where this machine lacks it."""
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise UserError(f"device {text!r}: give cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {text!r}: give cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {text!r}: this machine has no usable CUDA GPU; give cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {text!r}: this machine has {torch.cuda.device_count()} GPU(s)")
-    return device
 
 
 @cache

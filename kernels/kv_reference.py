@@ -139,7 +139,8 @@ def kv_attention(
     """Attention of query [B, Hq, T, D] to the first `length` positions: [B, Hq, T, D] in query's dtype.
 
     Query heads of one group are consecutive. mask: bool [B or 1, 1, T, length], true where a query may look;
-    None is causal from the first position for T > 1, and everything for T = 1.
+    None is causal from the first position for T > 1, and everything for T = 1. A NaN row can make all
+    queries of its head and sequence NaN, also those that may not look at it (0 times NaN), and no others.
     """
     return F.scaled_dot_product_attention(
         query,

@@ -316,7 +316,7 @@ def _integer_linear(x: Quantised, w: PackedWeight) -> Tensor:
     dtype = torch.promote_types(x.scale.dtype, w.scale.dtype)
     groups = x.scale.shape[-1]
     a, s_x = x.codes.reshape(-1, w.inputs), x.scale.reshape(-1, groups).to(dtype)
-    s_x = s_x.masked_fill(~s_x.isfinite(), float("nan"))
+    s_x = s_x + (s_x - s_x)  # an infinite scale becomes NaN
     z_x = z_w = None
     if x.zero is not None:
         a, z_x = _signed(a, x.bits), x.zero.reshape(-1, groups).to(torch.float64) - 2 ** (x.bits - 1)
@@ -432,7 +432,7 @@ def _scale_and_zero(
 
 
 def _symmetric_scale(largest: Tensor, bits: int) -> Tensor:
-    scale = largest / (2 ** (bits - 1) - 1)
+    scale = _over(largest, 2 ** (bits - 1) - 1)
     return scale.masked_fill(scale == 0, 1.0)
 
 
@@ -441,10 +441,15 @@ def _asymmetric_scale(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Ten
     single = low == high
     low = torch.where(single, low.clamp(max=0.0), low)
     high = torch.where(single, high.clamp(min=0.0), high)
-    scale = (high - low) / levels
+    scale = _over(high - low, levels)
     empty = scale == 0
     scale = scale.masked_fill(empty, 2.0 / levels)
     return scale, torch.round(-low.masked_fill(empty, -1.0) / scale)
+
+
+def _over(x: Tensor, levels: int) -> Tensor:
+    """x / levels, rounded once on every device: by a Python number, CUDA multiplies by the reciprocal."""
+    return x / torch.full((), levels, dtype=x.dtype, device=x.device)
 
 
 def _round(grouped: Tensor, bits: int, scale: Tensor, zero: Tensor | None) -> Tensor:

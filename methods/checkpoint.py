@@ -131,14 +131,14 @@ def _refuse_unsupported(family: object, raw: dict[str, Any]) -> None:
     experts = [key for key in raw if "expert" in key and isinstance(raw[key], int) and raw[key] > 1]
     if experts:
         raise UserError(f"mixture-of-experts models ({family}) are not supported; supported: {supported}")
-    if family not in FAMILIES:
-        raise UserError(f"model family {family!r} is not supported; supported: {supported}")
     packed = raw.get("quantization_config")
     if packed:
         kind = packed.get("quant_method", "unknown") if isinstance(packed, dict) else packed
         raise UserError(
             f"the checkpoint is already quantised ({kind}): give the float checkpoint it was made from"
         )
+    if family not in FAMILIES:
+        raise UserError(f"model family {family!r} is not supported; supported: {supported}")
 
 
 def convert_config(config: Any) -> DecoderConfig:

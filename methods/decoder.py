@@ -379,6 +379,9 @@ class Decoder(nn.Module):
             yield index, block
             if device != home:
                 block.to(home)
+                for _, linear in block.linears():
+                    if linear.quantised is not None:
+                        linear.quantised = linear.quantised.to(home)
 
     def embed(self, ids: Tensor) -> State:
         """ids [B, T] to the state that enters the first block."""

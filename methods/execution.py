@@ -23,7 +23,7 @@ def pack_decoder(model: Decoder) -> list[str]:
     for name, linear in model.linears():
         if linear.quantised is not None:
             linear.pack()
-        elif linear.activation is not None:
+        elif linear.packed is None and linear.activation is not None:
             floats.append(name)
     for block in model.layers:
         assert isinstance(block, Block)

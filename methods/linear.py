@@ -104,10 +104,9 @@ class Linear(nn.Module):
         return self.weight.shape[0], self.weight.shape[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
-        """Integer codes move with the module, as parameters and buffers do."""
+        """Packed codes move with the module, as parameters and buffers do; those of a simulated weight, which
+        nothing computes with, stay."""
         super()._apply(fn, recurse)
-        if self.quantised is not None:
-            self.quantised = self.quantised.to(fn(self.quantised.codes).device)
         if self.packed is not None:
             self.packed = _moved(self.packed, fn(self.packed.packed).device)
         return self
@@ -127,7 +126,7 @@ class Linear(nn.Module):
         """Keep the rounded weight as packed codes and drop everything else of it."""
         if self.quantised is None:
             raise ValueError("only a rounded weight can be packed")
-        codes, spec = self.quantised, self.quantised.spec
+        codes, spec = self.quantised.to(self.weight.device), self.quantised.spec
         packed = pack_weight(
             codes.codes,
             codes.scale.clone(),  # it may be a part of a larger tensor

@@ -80,6 +80,14 @@ class Pipeline:
         """Whether another seed gives another model at these bits and settings."""
         return self.uses_seed or settings.static(bits)
 
+    def calibration_shape(self, samples: int | None, length: int | None) -> tuple[int, int]:
+        """Calibration sequences and tokens each: the lead's own options, else (but for paper presets) those
+        given, else the preset's."""
+        preset = self.lead.calibration_shape()
+        if self.lead.preset == "paper":
+            return preset
+        return self.lead.samples or samples or preset[0], self.lead.length or length or preset[1]
+
     @property
     def ranger(self) -> Method:
         """The part that finds static ranges: the last with a way of its own, else any."""

@@ -71,6 +71,11 @@ def test_float32_products_stay_exact_at_any_float32_precision(precision: str) ->
         torch.set_float32_matmul_precision(before)
 
 
+def test_four_bits_have_integer_products_on_every_cpu() -> None:
+    for k in (1, 7, 576):
+        assert route(k, 4, 4, CPU) == route(k, 8, 4, CPU) == "torch._int_mm"
+
+
 def test_routes_end_where_they_stop_being_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integer, PROBE, lambda *_: False)
     assert route(1024, 8, 8, CPU) == "float32 matmul"  # sums of at most 2^24

@@ -133,8 +133,7 @@ def test_a_poisoned_head_touches_no_other(symmetric: bool, static: bool, bad: fl
     assert kv_dequantise(rows, 4, torch.float32).isfinite().all()
 
 
-def test_poisoned_keys_poison_their_own_queries() -> None:
-    """A query that may not look at a poisoned position, and every other head, is as it was."""
+def test_a_poisoned_row_touches_no_other_head_or_sequence() -> None:
     query, key = random(2, 4, 5, 8, seed=1), random(2, 2, 5, 8)
     rows = room(key, 5, 4, False, False)
     kv_append(rows, key, 0)

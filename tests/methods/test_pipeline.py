@@ -309,6 +309,7 @@ def test_kept_columns(checkpoints: dict[str, Checkpoint], bits: str) -> None:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(3, linear.weight.shape[1], dtype=torch.float64, generator=generator)
         seen = linear.quantise_input(x)
+        assert isinstance(seen, Tensor)
         assert torch.equal(seen[:, :8], x[:, :8])
         torch.testing.assert_close(seen[:, 8:], round_rows(x[:, 8:], 4, 0.9, symmetric=True))
         assert torch.equal(linear.weight[:, :8], plain[name].weight[:, :8])

@@ -209,7 +209,9 @@ def test_values_out_of_range_saturate(checkpoints: dict[str, Checkpoint]) -> Non
     codes = to_codes(x, 8, symmetric=True, scale=scale).codes[0, :8].tolist()
     assert codes == [127, -128, 127, -128, 127, -128, 0, 0]
     want = torch.tensor(codes, dtype=torch.float64) * scale
-    assert torch.equal(linear.quantise_input(x)[0, :8], want)
+    seen = linear.quantise_input(x)
+    assert isinstance(seen, Tensor)
+    assert torch.equal(seen[0, :8], want)
     attention = block.self_attn
     low_scale, zero = attention.k_scale, attention.k_zero
     assert low_scale is not None and zero is not None
