@@ -19,7 +19,8 @@ MEMORY = """\
 Computed: what the bit-widths promise, counted as in the effective bits: b bits a b-bit code, 16 bits a \
 scale, b bits a weight's zero-point and 16 a KV entry's, 16 bits a value that is not quantised. Measured: \
 the bytes of the tensors that the process held once the model was ready, each storage once; of the KV cache \
-those of a real prefill, per token. `linears` are the quantisable ones with their scales and zero-points, \
+those held after a real prefill, per token (a cache that then grows doubles its room). \
+`linears` are the quantisable ones with their scales and zero-points, \
 `rest` is embedding, norms and lm_head, the KV cache is that of all layers. The ratios are measured bytes \
 over those of as many float16 values. Peak memory, above, is that of the whole process: quantising, scoring, \
 libraries and data included."""
@@ -32,9 +33,10 @@ A simulated cell holds floats in the settings' dtype, of weights also the codes,
 has nothing to pack: it is one and the same cell in either execution."""
 OPERATIONS = """\
 Calls while tasks were scored, over all cells of int4 execution; of an interrupted cell, each task has the \
-calls of the run that scored it. Nothing is missing here: what no implementation can run ends its cell with \
-an error and is not simulated instead, and linears that stay in floating point, because their weights are \
-not quantised, are named in the notes on methods."""
+calls of the run that scored it. What no implementation can run ends its cell with an error and is not \
+simulated instead. Not operations of the int4 layer, and so not listed: embedding, lm_head, RoPE, attention \
+over a cache that is not quantised, norms in front of linears whose inputs are not, and linears whose \
+weights are not quantised, which the notes on methods name."""
 MEBIBYTE = 2**20
 
 

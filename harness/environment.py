@@ -21,10 +21,18 @@ ROOT = Path(__file__).resolve().parent.parent
 _LIBRARIES = ("torch", "transformers", "tokenizers", "lm_eval", "datasets", "numpy", "scipy")
 _CODE = ("kernels", "methods", "harness")
 _PRESENTATION = {
-    *("report.py", "records.py", "tables.py", "figures.py", "plots.py", "compare.py"),
-    *("stats.py", "inference.py", "evidence.py", "fidelity.py", "costs.py"),
-    *("gate.py", "baseline.py", "movement.py", "judgement.py", "recording.py", "trial.py"),
-    *("grid.py", "engine.py", "worker.py", "store.py", "progress.py"),
+    f"harness/{name}.py"
+    for name in (
+        *("report", "records", "tables", "figures", "plots", "compare", "costs"),
+        *("stats", "inference", "evidence", "fidelity"),
+        *("gate", "baseline", "movement", "judgement", "recording", "trial"),
+        *("grid", "engine", "worker", "store", "progress"),
+        *("parity", "parity_report", "agreement", "side_by_side", "odd_models", "speed"),
+    )
+} | {
+    *("kernels/bench.py", "kernels/contests.py", "kernels/timing.py"),
+    *("methods/export.py", "methods/compressed.py"),
+    *("methods/packed_checkpoint.py", "methods/checkpoint_folder.py"),
 }
 
 
@@ -68,8 +76,9 @@ def code_digest() -> str:
     digest = hashlib.sha256()
     for package in _CODE:
         for file in sorted((ROOT / package).rglob("*")):
-            if file.suffix in (".py", ".yaml") and file.name not in _PRESENTATION:
-                digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
+            name = file.relative_to(ROOT).as_posix()
+            if file.suffix in (".py", ".yaml") and name not in _PRESENTATION:
+                digest.update(name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -12,6 +12,7 @@ Three routes give the int32 product of int8 matrices:
 CUDA's `torch._int_mm` takes only M > 16 and K and N divisible by 8; other shapes are padded with zeros.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 
@@ -30,7 +31,14 @@ def int_matmul(a: Tensor, b: Tensor, *, a_bits: int, b_bits: int) -> Tensor:
         raise ValueError(f"integer products take int8 matrices, got {a.dtype} and {b.dtype}")
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"a [M, K] and b [N, K] are needed, got {tuple(a.shape)} and {tuple(b.shape)}")
-    return ROUTES[route(a.shape[1], a_bits, b_bits, a.device)](a, b)
+    name = route(a.shape[1], a_bits, b_bits, a.device)
+    product = ROUTES[name](a, b)
+    routes_taken[name] += 1
+    return product
+
+
+routes_taken: Counter[str] = Counter()
+"""Products formed by each route. Sums of rows, which are products with ones, count as well."""
 
 
 def centred_matmul(
@@ -168,6 +176,8 @@ def is_exact(
                 want = (a.double() @ b.double().t()).to(torch.int32)
                 try:
                     got = product(a.to(device), b.to(device))
+                except torch.OutOfMemoryError:
+                    raise
                 except RuntimeError:  # the device has no such product
                     return False
                 if got.dtype != torch.int32 or not torch.equal(got.cpu(), want):

@@ -53,13 +53,12 @@ def linear(
     bias: Tensor | None = None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`reference.linear`; the implementation says how the integer product was computed."""
+    """`reference.linear`; the implementation says by which routes its integer products were formed."""
+    before = integer.routes_taken.copy()
     y = reference.linear(x, w, x_keep=x_keep, w_keep=w_keep, row_scale=row_scale, bias=bias, dtype=dtype)
-    if isinstance(x, Tensor):
-        _count(f"linear w{w.bits}a16")
-    else:
-        way = integer.route(reference.shared_run(x, w), x.bits, w.bits, x.codes.device)
-        _count(f"linear w{w.bits}a{x.bits}", f"reference ({way})")
+    taken = " and ".join(sorted(integer.routes_taken - before))
+    inputs = 16 if isinstance(x, Tensor) else x.bits
+    _count(f"linear w{w.bits}a{inputs}", f"reference ({taken})" if taken else "reference")
     return y
 
 
@@ -79,6 +78,13 @@ def rmsnorm_quantise(
     )
     _count(f"rmsnorm_quantise a{quantiser['bits']}")
     return result
+
+
+def hadamard(x: Tensor, *, size: int, inner: int = 1) -> Tensor:
+    """`reference.online_hadamard`: the transform alone."""
+    y = reference.online_hadamard(x, size, inner)
+    _count("hadamard")
+    return y
 
 
 def hadamard_quantise(

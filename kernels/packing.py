@@ -14,7 +14,9 @@ A plane of w bits stores 8 / w codes a byte, with stride m = n' w / 8 (the plane
 k, k + m, k + 2m, ... from the least significant bits up. The planes of a row follow each other. In 4 bits the
 low nibble of byte k is code k and its high nibble is code k + n'/2: the low and the high nibbles of a run of
 bytes are two contiguous runs of codes, which no kernel has to interleave, and a byte with its low nibble
-cleared, read as int8, is 16 times the code of the high nibble.
+cleared, read as int8, is 16 times the code of the high nibble. Groups of g codes lie alike in both halves
+only where g divides n'/2: elsewhere (576 codes in groups of 64) a kernel's tiles along a row are at most
+gcd(g, n'/2) bytes for each half to have one scale.
 """
 
 import torch

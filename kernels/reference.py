@@ -170,15 +170,15 @@ def hadamard_quantise(
     return _split(online_hadamard(x, size, inner), keep, quantiser)
 
 
-def online_hadamard(x: Tensor, size: int, inner: int = 1) -> Tensor:
+def online_hadamard(x: Tensor, size: int, inner: int = 1, inverse: bool = False) -> Tensor:
     """x [..., n] with n = blocks * size * inner, every block viewed [size, inner] and multiplied by the
     orthonormal Hadamard matrix along `size`. Computed in float32 at least, rounded to x's dtype once."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     parts = wide.unflatten(-1, (-1, size, inner))
     if inner == 1:
-        out = hadamard_transform(parts.squeeze(-1)).unsqueeze(-1)
+        out = hadamard_transform(parts.squeeze(-1), inverse=inverse).unsqueeze(-1)
     else:
-        out = hadamard_transform(parts.transpose(-1, -2)).transpose(-1, -2)
+        out = hadamard_transform(parts.transpose(-1, -2), inverse=inverse).transpose(-1, -2)
     return out.flatten(-3).to(x.dtype)
 
 
@@ -269,8 +269,8 @@ def linear(
 
         E_g = D_g - z_x Σw - z_w Σx + K_g z_x z_w        y = Σ_g s_x (s_w E_g)
 
-    E_g is exact, in int32 or, where zero-points are large, in float64; fractional zero-points are multiplied
-    in float64. It is rounded to the wider of the scales' dtypes once, and the rest is computed in that dtype,
+    E_g is exact, in int32 or, where zero-points are large, in float64 up to 2^53; fractional zero-points are
+    multiplied in float64. It is rounded to the wider of the scales' dtypes once, and the rest is computed in that dtype,
     in the order written, s_x last (after the sum where a row has one). So without kept channels a row of y
     does not depend, to the bit, on which other rows stand beside it. A row of x, or a group of it, whose
     scale is not finite makes its row of y NaN.
@@ -419,7 +419,9 @@ def _scale_and_zero(
             return _symmetric_scale(torch.maximum(high, -low) * clip, bits), None
         if group is None:
             high, low = high.clamp(min=0.0), low.clamp(max=0.0)
-        return _asymmetric_scale(low * clip, high * clip, bits)
+        measured, point = _asymmetric_scale(low * clip, high * clip, bits)
+        # A scale of few bits, near the smallest numbers, can put the zero-point outside the codes.
+        return measured, point.clamp(0, 2**bits - 1) if group is None else point
     if clip != 1.0:
         raise ValueError("a clip ratio is part of a static range; give it when the range is measured")
     if symmetric != (zero is None):

@@ -10,6 +10,7 @@ measures by how much.
 from __future__ import annotations
 
 from methods.decoder import Block, Decoder
+from methods.linear import OnlineHadamard
 
 EXECUTIONS = ("simulate", "int4")
 
@@ -28,6 +29,9 @@ def pack_decoder(model: Decoder) -> list[str]:
     for block in model.layers:
         assert isinstance(block, Block)
         block.self_attn.packed = block.self_attn.kv is not None
+    for module in model.modules():
+        if isinstance(module, OnlineHadamard):
+            module.packed = True
     model.execution = "int4"
     if not floats:
         return []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 import tomllib
 import typing
@@ -181,8 +182,13 @@ def _stay_local(arguments: argparse.Namespace) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _stop)  # what was half written is removed
     _stay_local(arguments)
     try:
         refuse_foreign_kernels()

@@ -31,7 +31,8 @@ class Memory:
 
     Computed as `effective_bits` counts: b bits a code, 16 for a scale and for whatever is not quantised.
     Measured on the storages that the decoder and, after a prefill of 256 tokens (or of the model's positions,
-    where those are fewer), its cache hold. A simulated decoder holds floats, and codes of a byte each.
+    where those are fewer), its cache hold; the cache doubles its room when it grows. A simulated decoder
+    holds floats, and codes of a byte each.
     """
 
     linears: Bytes

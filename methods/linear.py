@@ -15,8 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import ops
-from kernels.hadamard import hadamard_transform
-from kernels.reference import PackedWeight, Quantised, Quantiser, fake_quantise, pack_weight
+from kernels.reference import (
+    PackedWeight,
+    Quantised,
+    Quantiser,
+    fake_quantise,
+    online_hadamard,
+    pack_weight,
+)
 from methods.bits import ActivationSpec, LinearSpec
 
 
@@ -272,22 +278,20 @@ class OnlineHadamard(nn.Module):
 
     Each of the `blocks` parts is viewed [size, inner] and transformed along `size`: inner = 1 is the
     transform of contiguous channels (R4), inner = head_dim mixes the same channel of all heads (the
-    cross-head transform of QuaRot). Half-precision inputs are transformed in float32.
+    cross-head transform of QuaRot). Half-precision inputs are transformed in float32. `packed`: in int4
+    execution it is an operation of the int4 layer.
     """
 
     def __init__(self, size: int, inner: int = 1) -> None:
         super().__init__()
         self.size = size
         self.inner = inner
+        self.packed = False
 
     def forward(self, x: Tensor, inverse: bool = False) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        parts = x.to(dtype).unflatten(-1, (-1, self.size, self.inner))
-        if self.inner == 1:
-            out = hadamard_transform(parts.squeeze(-1), inverse=inverse).unsqueeze(-1)
-        else:
-            out = hadamard_transform(parts.transpose(-1, -2), inverse=inverse).transpose(-1, -2)
-        return out.flatten(-3).to(x.dtype)
+        if self.packed and not inverse:
+            return ops.hadamard(x, size=self.size, inner=self.inner)
+        return online_hadamard(x, self.size, self.inner, inverse)
 
     def extra_repr(self) -> str:
         return f"size={self.size}, inner={self.inner}"

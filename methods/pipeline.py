@@ -86,7 +86,12 @@ class Pipeline:
         preset = self.lead.calibration_shape()
         if self.lead.preset == "paper":
             return preset
-        return self.lead.samples or samples or preset[0], self.lead.length or length or preset[1]
+        own = (self.lead.samples, self.lead.length)
+        first, second = (
+            next(value for value in choice if value is not None)
+            for choice in zip(own, (samples, length), preset, strict=True)
+        )
+        return first, second
 
     @property
     def ranger(self) -> Method:
@@ -177,12 +182,12 @@ def quantise(
     if plan.static and calibration is not None:
         ranges = pipeline.ranger.ranges(model, plan, calibration, ctx)
         lap("ranges")
-    model = model.to(ctx.device)
-    set_ranges(model, ranges.tensors)
     set_quantisers(model, plan)
     if execution == "int4":
-        notes += pack_decoder(model)
+        notes += pack_decoder(model)  # at home: the device never holds the floats of the whole model
         lap("pack")
+    model = model.to(ctx.device)
+    set_ranges(model, ranges.tensors)
     return Quantised(model, plan, notes, errors, kurtosis, seconds)
 
 

@@ -28,6 +28,7 @@ def test_results_are_the_references_and_are_counted() -> None:
         assert torch.equal(got, reference.linear(given_x, w, dtype=torch.float32))
     ops.linear(q, w, dtype=torch.float32, bias=torch.ones(3), row_scale=torch.ones(3, 1))
     ops.rmsnorm_quantise(x, eps=1e-5, bits=8, symmetric=False)
+    assert torch.equal(ops.hadamard(x, size=8), reference.online_hadamard(x, 8))
     kept, h = ops.hadamard_quantise(x, size=8, keep=4, bits=3, symmetric=True)
     assert kept is not None and kept.shape == (3, 4) and h.codes.shape == (3, 12)
     rows = kv_rows(1, 1, 3, 16, 2, symmetric=False)
@@ -36,6 +37,7 @@ def test_results_are_the_references_and_are_counted() -> None:
     assert torch.equal(out, kv_reference.kv_attention(x[None, None], rows, rows, 3))
     way = integer.route(16, 4, 4, torch.device("cpu"))
     assert ops.implementations() == {
+        "hadamard": {"reference": 1},
         "hadamard_quantise a3": {"reference": 1},
         "kv_append kv2": {"reference": 1},
         "kv_attention kv2": {"reference": 1},
@@ -60,6 +62,19 @@ def test_the_route_of_the_integer_product_is_told(monkeypatch: pytest.MonkeyPatc
     assert ops.implementations() == {
         "linear w8a8": {"reference (float64 matmul)": 1, "reference (float32 matmul)": 1}
     }
+
+
+def test_a_linear_without_integer_products_names_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is counted has run, whatever was to be expected of the widths."""
+    q = reference.quantise(torch.ones(2, 16), 4, symmetric=True)
+    w = pack_weight(q.codes, q.scale, None, 4)
+
+    def floats(*_: object, **__: object) -> torch.Tensor:
+        return reference.dequantise(q) @ reference.dequantise_weight(w).T
+
+    monkeypatch.setattr(reference, "linear", floats)
+    ops.linear(q, w, dtype=torch.float32)
+    assert ops.implementations() == {"linear w4a4": {"reference": 1}}
 
 
 def test_what_raises_is_not_counted() -> None:
