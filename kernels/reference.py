@@ -270,10 +270,10 @@ def linear(
         E_g = D_g - z_x Σw - z_w Σx + K_g z_x z_w        y = Σ_g s_x (s_w E_g)
 
     E_g is exact, in int32 or, where zero-points are large, in float64 up to 2^53; fractional zero-points are
-    multiplied in float64. It is rounded to the wider of the scales' dtypes once, and the rest is computed in that dtype,
-    in the order written, s_x last (after the sum where a row has one). So without kept channels a row of y
-    does not depend, to the bit, on which other rows stand beside it. A row of x, or a group of it, whose
-    scale is not finite makes its row of y NaN.
+    multiplied in float64. It is rounded to the wider of the scales' dtypes once, and the rest is computed in
+    that dtype, in the order written, s_x last (after the sum where a row has one). So without kept channels a
+    row of y does not depend, to the bit, on which other rows stand beside it. A row of x, or a group of it,
+    whose scale is not finite makes its row of y NaN.
     Raises ValueError for axis-0 groups, for shapes that do not fit, and where D_g could leave int32.
     """
     channels = (x if isinstance(x, Tensor) else x.codes).shape[-1]
