@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help grid study test gate lint assets clean
+.PHONY: help grid study test gate parity lint assets clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -19,10 +19,13 @@ study: $(INSTALLED) ## the same with everything learned and more of every task (
 	$(BIN)/python -m harness.grid grids/full.yaml
 
 test: lint ## lint, then every test
-	$(BIN)/python -m pytest --numprocesses auto --dist loadscope
+	$(BIN)/python -m pytest --numprocesses auto --dist loadscope --no-loadscope-reorder
 
 gate: $(INSTALLED) ## has accuracy fallen since results/reference/gate.json was recorded? (minutes)
 	$(BIN)/python -m harness.gate --reference results/reference/gate.json
+
+parity: $(INSTALLED) ## does the int4 execution of every method do what its simulation does? (20 minutes on 2 cores)
+	$(BIN)/python -m harness.parity --out results/reference/parity.json --report reports/parity.md
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
