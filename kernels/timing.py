@@ -1,0 +1,152 @@
+"""How long things take, and how long they would take at this machine's measured limits.
+
+What is compared is timed in one process and in turns, so that a machine that slows down, or neighbours on it,
+slow all of it alike. A ratio is formed within each turn, and its median taken.
+"""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kernels.integer import int_mm
+
+# More bytes than a processor's own caches hold, and matrices at which products run at their full rate; no
+# larger on a CPU, where many short tries find moments in which nobody else runs.
+STREAMED_BYTES = 1 << 28
+MATRIX = {"cpu": 1024, "cuda": 8192}
+TRIES = 10
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call, in each turn."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def ratio(self, other: "Timing") -> float:
+        """The median over turns of this one's time as a multiple of the other's."""
+        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that a computation needs: bytes read and written once each, and multiply-adds by type."""
+
+    bytes: int
+    multiply_adds: Mapping[torch.dtype, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Measured limits of a machine: bytes/s, and multiply-adds/s by type."""
+
+    bytes_per_second: float
+    multiply_adds_per_second: Mapping[torch.dtype, float]
+
+    def floor(self, work: Work) -> float:
+        """Seconds below which this machine does no such work: its bytes or its arithmetic, whichever takes
+        longer. Raises KeyError for a type whose limit was not measured."""
+        arithmetic = (
+            count / self.multiply_adds_per_second[dtype] for dtype, count in work.multiply_adds.items()
+        )
+        return max(work.bytes / self.bytes_per_second, sum(arithmetic))
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[int], object]], turns: int, device: torch.device, least: float = 0.0
+) -> dict[str, Timing]:
+    """Time every run in each of `turns` turns, after a turn that is not counted.
+
+    A run is given the number of its call, so that it can take other operands than the call before, and is
+    called as often in a turn as it takes to fill `least` seconds.
+    """
+    calls = {name: _calls(run, device, least) for name, run in runs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(turns):
+        for name, run in runs.items():
+            begin = _clock(device)
+            for call in range(turn * calls[name], (turn + 1) * calls[name]):
+                run(call)
+            seconds[name].append((_clock(device) - begin) / calls[name])
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def measure_limits(device: torch.device, dtypes: Iterable[torch.dtype]) -> Limits:
+    """The best of several tries: memory by copying (read and written) and by a matrix-vector product (read),
+    the faster of the two; arithmetic by a square matrix product of each type, int8 by `torch._int_mm`."""
+    side = math.isqrt(STREAMED_BYTES // 4)
+    source = torch.rand(side, side, device=device)
+    target, vector = torch.empty_like(source), torch.rand(side, device=device)
+    bandwidth = max(
+        2 * source.nbytes / _fastest(lambda: target.copy_(source), device),
+        source.nbytes / _fastest(lambda: torch.mv(source, vector), device),
+    )
+    rates, size = {}, MATRIX[device.type]
+    for dtype in dtypes:
+        if dtype == torch.int8:
+            a = torch.randint(-8, 8, (size, size), dtype=dtype, device=device)
+            product = partial(int_mm, a, a)
+        else:
+            a = torch.rand(size, size, device=device).to(dtype)
+            product = partial(torch.mm, a, a.t())
+        rates[dtype] = size**3 / _fastest(product, device)
+    return Limits(bandwidth, rates)
+
+
+def nbytes(*parts: object) -> int:
+    """Bytes of tensors and of the tensors in tuples and dataclasses."""
+    total = 0
+    for part in parts:
+        if isinstance(part, Tensor):
+            total += part.nbytes
+        elif isinstance(part, tuple | list):
+            total += nbytes(*part)
+        elif dataclasses.is_dataclass(part):
+            total += nbytes(*(getattr(part, member.name) for member in dataclasses.fields(part)))
+    return total
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits, with three digits: "12.3 ms"."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{_digits(seconds / scale)} {unit}"
+    return f"{_digits(seconds / 1e-6)} µs"
+
+
+def spread(timing: Timing) -> str:
+    """The fastest and the slowest turn."""
+    return f"{duration(min(timing.seconds))} to {duration(max(timing.seconds))}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
+
+
+def _calls(run: Callable[[int], object], device: torch.device, least: float) -> int:
+    run(0)  # builds what is built once
+    begin = _clock(device)
+    run(1)
+    return max(1, math.ceil(least / max(_clock(device) - begin, 1e-9)))
+
+
+def _fastest(call: Callable[[], object], device: torch.device) -> float:
+    return min(interleaved({"": lambda _: call()}, TRIES, device)[""].seconds)
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, once the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
