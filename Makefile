@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help grid study test gate parity lint assets clean
+.PHONY: help grid study test gate parity speed lint assets clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -26,6 +26,9 @@ gate: $(INSTALLED) ## has accuracy fallen since results/reference/gate.json was 
 
 parity: $(INSTALLED) ## does the int4 execution of every method do what its simulation does? (20 minutes on 2 cores)
 	$(BIN)/python -m harness.parity --out results/reference/parity.json --report reports/parity.md
+
+speed: $(INSTALLED) ## time the default model simulated and in int4 beside float (minutes; fails above 2x float)
+	$(BIN)/python -m harness.speed --threads 2 --at-most 2 --out results/reference/speed.json
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

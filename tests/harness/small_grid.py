@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from harness import store
 from tests import families
@@ -16,11 +17,11 @@ from tests.harness.tokenizers import VOCABULARY, byte_tokenizer
 TASKS = ("perplexity_wikipedia", "piqa_local", "asdiv_local")
 
 
-def save_model(folder: Path) -> str:
-    """A three-layer model with a byte tokenizer."""
+def save_model(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
+    """A three-layer model, with a byte tokenizer unless another is given."""
     config = families.config("mistral-window", vocab_size=VOCABULARY, max_position_embeddings=2048)
     families.build(config, torch.float32).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    (tokenizer or byte_tokenizer()).save_pretrained(folder)
     return str(folder)
 
 

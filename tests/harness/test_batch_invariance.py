@@ -112,8 +112,9 @@ def test_a_tasks_result_does_not_depend_on_batch_size_and_order(
     quantised: Decoder, checkpoint: Checkpoint, task: str
 ) -> None:
     """Every log-likelihood, text, metric and standard error of lm-eval's `evaluate`, bit for bit."""
+    limit = 7 if task == "asdiv_local" else 18  # generated token by token, up to hundreds a document
     one, sixteen = (
-        GridConfig(methods=("rtn",), tasks=(task,), limit=18, batch_size=size)  # type: ignore[arg-type]
+        GridConfig(methods=("rtn",), tasks=(task,), limit=limit, batch_size=size)  # type: ignore[arg-type]
         for size in (1, 16)
     )
     (plan,) = plan_tasks(one, checkpoint)

@@ -27,6 +27,8 @@ from methods.checkpoint import open_checkpoint
 from methods.errors import UserError
 from tests.harness.small_grid import save_model, write_grid
 
+pytestmark = pytest.mark.usefixtures("opened_once")
+
 MACHINE = {"cpu": "a", "cpu_capability": "AVX2", "threads": 1, "device": "cpu", "torch": "2"}
 QUANTISED, FLOAT = CellSpec("m", "quarot", "w4a4kv4", 0), CellSpec("m", "float", "w16a16", 0)
 

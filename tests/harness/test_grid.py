@@ -15,6 +15,8 @@ from harness.config import load_grid
 from methods.decoder import Decoder, State
 from tests.harness.small_grid import TASKS, save_model, write_grid
 
+pytestmark = pytest.mark.usefixtures("opened_once")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:

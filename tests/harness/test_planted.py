@@ -4,9 +4,10 @@ A plant rewrites lines of one of this project's functions and runs the result in
 through `gate.check`, on the cells of grids/gate.yaml with fewer documents, against references recorded here
 with fewer harmless changes than `--record` tries.
 
-What costs time and is the same for all plants is computed once: the checkpoint is opened once, and the same
-bytes of weights are not rounded to nearest, nor searched for their range, twice under the same settings.
-Kurtosis, of which the gate makes no use, is left out.
+What costs time and is the same for all plants is computed once: the checkpoint is opened once, the same bytes
+of weights are not rounded to nearest, nor searched for their range, twice under the same settings, and plants
+in what runs after QuaRot has quantised (`AFTERWARDS`) score the model that the recorded run made. Kurtosis
+and the divergence from the float model, of which the gate makes no use, are left out.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ import functools
 import inspect
 import sys
 import textwrap
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,10 @@ from harness.perturb import Perturbation
 from harness.trial import Trial
 from kernels import hadamard
 from kernels import reference as quantisers
-from methods import bits, checkpoint, decoder, gptq, pipeline, quarot, rope, rounding, transforms
+from methods import bits, checkpoint, decoder, gptq, lattice, pipeline, quarot, rope, rounding, transforms
 from methods.linear import Linear, QuantisedWeight
+from methods.pipeline import Quantised
+from tests.remembered import remembered
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -53,22 +55,6 @@ SIZES: dict[str, tuple[dict[str, int], int]] = {
 # Shared work
 
 
-def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of a weight and settings that does not compute twice from the same bytes."""
-    known: dict[Any, Any] = {}
-    signature = inspect.signature(function)
-
-    def call(*given: Any, **named: Any) -> Any:
-        weight, *settings = signature.bind(*given, **named).arguments.values()
-        data = weight.contiguous().numpy().data
-        key = (tuple(weight.shape), zlib.crc32(data), zlib.adler32(data), *settings)
-        if key not in known:
-            known[key] = function(*given, **named)
-        return known[key]
-
-    return call
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     opened = functools.cache(checkpoint.open_checkpoint)
@@ -77,7 +63,9 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(checkpoint, "open_checkpoint", opened)
         patch.setattr(cell, "open_checkpoint", opened)
         patch.setattr(cell, "artifact_folder", lambda: artifacts)
+        patch.setattr(lattice, "measure", functools.cache(lattice.measure))
         patch.setattr(pipeline, "block_input_kurtosis", lambda *_: [])
+        patch.setattr(cell, "float_reference", lambda *_: None)
         patch.setattr(rounding, "round_to_nearest", remembered(rounding.round_to_nearest))
         patch.setattr(gptq, "find_range", remembered(gptq.find_range))
         yield
@@ -86,6 +74,29 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def grid(root: Path) -> GridConfig:
     return load_grid(root / "grids" / "gate.yaml", {})
+
+
+MADE: dict[str, Quantised] = {}
+"""By method, the model of its recorded run."""
+
+
+def making(method: str) -> Callable[..., Quantised]:
+    """`quantise`, which keeps in `MADE` what it makes. QuaRot's weights are rounded to nearest without
+    running the model; were that to change, a bug in a forward pass would be no matter of scoring alone."""
+    original = cell.quantise
+
+    def call(*given: Any, **named: Any) -> Quantised:
+        with pytest.MonkeyPatch.context() as patch:
+            if method == QUAROT:
+                patch.setattr(decoder.Block, "forward", _never)
+            MADE[method] = original(*given, **named)
+        return MADE[method]
+
+    return call
+
+
+def _never(*_: Any, **__: Any) -> Any:
+    raise AssertionError("quantising has run the model")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +110,9 @@ def references(grid: GridConfig, tmp_path_factory: pytest.TempPathFactory) -> Ca
         own = grid.model_copy(update={"methods": entries, "tasks": tuple(limits), "limits": limits})
         folder = tmp_path_factory.mktemp("reference")
         trials = [Trial(f"noise {seed}", 1, noise=seed) for seed in range(1, noises + 1)]
-        runs = {BASE: run(own, folder / BASE, None)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cell, "quantise", making(method))
+            runs = {BASE: run(own, folder / BASE, None)}
         for trial in trials:
             runs[trial.name] = run(own, folder / trial.name, Perturbation(noise=trial.noise))
         return recording.assemble(own, runs, trials, "tests")
@@ -146,7 +159,7 @@ def heads_tiled(patch: pytest.MonkeyPatch) -> None:
         patch,
         decoder.Attention,
         "forward",
-        ("query,\n        key,\n        value,", tiled),
+        ("query,\n            key,\n            value,", tiled),
         ("enable_gqa=self.heads != self.kv_heads", "enable_gqa=False"),
     )
 
@@ -200,7 +213,7 @@ def r3_on_queries_only(patch: pytest.MonkeyPatch) -> None:
 
 
 def r4_dropped(patch: pytest.MonkeyPatch) -> None:
-    plant(patch, decoder.MLP, "forward", ("self.hidden_transform(hidden)", "hidden"))
+    plant(patch, decoder.MLP, "forward", ("row_scale, self.hidden_transform", "row_scale"))
 
 
 def r4_transposed(patch: pytest.MonkeyPatch) -> None:
@@ -208,7 +221,10 @@ def r4_transposed(patch: pytest.MonkeyPatch) -> None:
         patch,
         decoder.MLP,
         "forward",
-        ("self.hidden_transform(hidden)", "self.hidden_transform(hidden, inverse=True)"),
+        (
+            "F.silu(gate) * up, row_scale, self.hidden_transform",
+            "self.hidden_transform(F.silu(gate) * up, inverse=True), row_scale",
+        ),
     )
 
 
@@ -228,7 +244,7 @@ def kv_zero_point_sign(patch: pytest.MonkeyPatch) -> None:
 def kv_before_rope(patch: pytest.MonkeyPatch) -> None:
     quantise = "key = self.quantise_kv(key, self.k_scale, self.k_zero)\n"
     turn = "query, key = rope.rotate(query"
-    plant(patch, decoder.Attention, "forward", (f"    {quantise}", ""), (turn, f"{quantise}    {turn}"))
+    plant(patch, decoder.Attention, "forward", (f"        {quantise}", ""), (turn, f"{quantise}    {turn}"))
 
 
 def kv_in_3_bits(patch: pytest.MonkeyPatch) -> None:
@@ -244,8 +260,7 @@ def one_scale_for_all_tokens(patch: pytest.MonkeyPatch) -> None:
         patch,
         Linear,
         "quantise_input",
-        ("fake_quantise(\n        part,", "fake_quantise(\n        part.reshape(1, -1),"),
-        ("return torch.cat(", "part = part.view_as(x)\n    return torch.cat("),
+        ("fake_quantise(part, **options)", "fake_quantise(part.reshape(1, -1), **options).view_as(x)"),
     )
 
 
@@ -287,9 +302,9 @@ BUGS = {
     GPTQ: (act_order_not_undone, error_carried_with_the_wrong_sign, weight_zero_point_sign),
 }
 # These move numbers a few times as far as harmless changes do, and need every document to show it. Of the
-# others, which ruin the model, a few documents tell.
+# others, which ruin the model, a few documents tell; of the float model, each alone is held to its numbers.
 SUBTLE = (r3_dropped, kv_before_rope, kv_in_3_bits, activations_clipped)
-FEW = 8
+FEW = {FLOAT: 1, QUAROT: 8, GPTQ: 8}
 
 
 # Harmless changes
@@ -332,11 +347,13 @@ def norm_summed_backwards(patch: pytest.MonkeyPatch) -> None:
 
 
 def projections_fused(patch: pytest.MonkeyPatch) -> None:
-    def fused(x: Tensor, *linears: Linear) -> list[Tensor]:
+    def fused(x: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
         first = linears[0]
         assert all(first.shares_input_with(other) and other.bias is None for other in linears)
         weights: list[Tensor] = [item.weight for item in linears]
-        together = F.linear(first.quantise_input(x), torch.cat(weights))
+        seen = first.quantise_input(x)
+        assert isinstance(seen, Tensor)
+        together = F.linear(seen, torch.cat(weights))
         return list(together.split([weight.shape[0] for weight in weights], dim=-1))
 
     patch.setattr(decoder, "project", fused)
@@ -366,6 +383,19 @@ HARMLESS = {
 }
 
 
+# These change nothing before a model is quantised.
+AFTERWARDS = (
+    *(r3_on_queries_only, r4_dropped, r4_transposed, kv_before_rope, one_scale_for_all_tokens),
+    *(order_reversed, linear_in_two_halves, norm_summed_backwards),
+)
+
+
+def planted(patch: pytest.MonkeyPatch, method: str, item: Plant) -> None:
+    item(patch)
+    if method == QUAROT and item in AFTERWARDS:
+        patch.setattr(cell, "quantise", lambda *_, **__: MADE[QUAROT])
+
+
 # Through the gate
 
 
@@ -386,8 +416,8 @@ def test_a_bug_is_caught(
 ) -> None:
     reference = references(method)
     if bug not in SUBTLE:
-        reference = baseline.narrowed(reference, limit=FEW)
-    bug(monkeypatch)
+        reference = baseline.narrowed(reference, limit=FEW[method])
+    planted(monkeypatch, method, bug)
     verdict = gate.check(reference, tmp_path, isolate=False)
     print(gate.text(verdict, bug.__name__))
     assert not verdict.passed
@@ -404,7 +434,7 @@ def test_a_harmless_change_passes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reference = references(method)
-    change(monkeypatch)
+    planted(monkeypatch, method, change)
     try:
         # Threads are part of what makes a machine: another number would be judged as another machine.
         verdict = gate.check(reference, tmp_path, isolate=False, same_machine=True)

@@ -19,6 +19,25 @@ _TEXT = (
 )
 
 
+_WORDS = (
+    "a about after all also an and any are as at be been but by can do first for from had has have he her "
+    "his how if in into is it its may more no not of on one or other out over she so some than that the "
+    "their there they this time to two up use was were what when which who will with world would year you"
+)
+
+
+@lru_cache
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """The most frequent English words, all others unknown: what cuts a long text fastest, a fifth of the
+    tokens of `byte_tokenizer`. Shared: do not change."""
+    vocabulary = {word: index for index, word in enumerate(["<unk>", BOS, EOS, *_WORDS.split()])}
+    core = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token=BOS, eos_token=EOS, pad_token=EOS
+    )
+
+
 @lru_cache
 def byte_tokenizer(adds_bos: bool = False, trim_offsets: bool = False) -> PreTrainedTokenizerFast:
     """Byte-level BPE with `VOCABULARY` tokens; ids 0 to 2 are <unk>, <s>, </s>. Shared: do not change."""

