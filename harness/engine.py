@@ -41,8 +41,9 @@ from methods.errors import UserError
 
 _POLL_SECONDS = 1.0
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
-"""Has glibc keep freed memory for the next tensor (up to 32 MiB a block, 4 GiB in all): pages that go back to
-the system are zeroed anew each time, which takes as long as a pass of a quantiser. No number depends on it."""
+"""Has glibc keep freed memory for the next tensor (up to 32 MiB a block, 4 GiB in all): pages that go back
+to the system are zeroed anew each time, which takes as long as a pass of a quantiser. No number depends on
+it."""
 
 
 def run_grid(
