@@ -44,7 +44,31 @@ def test_quarot_is_more_than_ten_times_below_rtn_with_every_seed(
     assert found.value - 3 * found.stderr > math.log(10)
 
 
-@pytest.mark.parametrize("name", ["quick", "seeds"])
+def test_the_int4_run_held_and_ran_codes(root: Path) -> None:
+    """Of a model of 30 layers: what the README says of memory, and generation through the packed cache."""
+    run = read_run(root / "results" / "reference" / "int4")
+    assert not run.missing
+    quantised = [cell for cell in run.cells if cell.record["method"]["name"] != "float"]
+    assert len(quantised) == 9
+    steps = 0
+    for cell in quantised:
+        record = cell.record
+        assert (record["execution"], record["status"]) == ("int4", "done")
+        linears, token = (record["measured"]["memory"][part] for part in ("linears", "kv_token"))
+        assert linears["measured"] < min(1.02 * linears["computed"], 0.26 * linears["float16"])
+        generation = record["measured"]["implementations"]["asdiv_local"]
+        ran = generation[f"linear w4a{cell.bits.activation}"]
+        documents = len(cell.samples("asdiv_local"))
+        assert sum(ran.values()) >= 7 * 30 * documents, "a prefill each"
+        steps += sum(ran.values()) // (7 * 30) - documents
+        if cell.bits.quantises_kv:
+            assert token["measured"] < 1.03 * token["computed"]
+            attention = generation[f"kv_attention kv{cell.bits.kv}"]
+            assert 7 * sum(attention.values()) == sum(ran.values())
+    assert steps > 100, "tokens behind the prefills"
+
+
+@pytest.mark.parametrize("name", ["quick", "seeds", "int4"])
 def test_reports_are_what_the_results_give(root: Path, tmp_path: Path, name: str) -> None:
     path = write_report(root / "results" / "reference" / name, tmp_path)
     assert path.read_text() == (root / "reports" / name / "report.md").read_text()
