@@ -8,8 +8,9 @@ one in both executions; their codes mean nothing and are left out.
 
 In float32 the codes cannot all be equal. The simulation adds up rounded products and the int4 execution
 integers, so what reaches the next quantiser differs in its last digits, and a value at a tie between two
-codes goes either way, about one in a million. The thresholds allow for that and for nothing else; in float64
-no value comes as near to a tie by chance, and all codes are equal.
+codes goes either way, about one in a million. The thresholds allow for that and for nothing else. In float64
+no value comes as near to a tie by chance; what is left are exact ties, such as a row whose largest value is
+minus its smallest, from sums of small integers and weights that lie on a lattice.
 """
 
 from __future__ import annotations

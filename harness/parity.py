@@ -193,7 +193,10 @@ def measure(subject: Subject, pipeline: Pipeline, case: Case, device: torch.devi
         return {**about, "status": "n/a", "faults": [str(error)]}
     except RuntimeError as error:
         return {**about, "status": "differs", "faults": [str(error)]}
-    found = compare(simulated, packed, subject.windows, few=subject.few)
+    try:
+        found = compare(simulated, packed, subject.windows, few=subject.few)
+    except Exception as error:  # noqa: BLE001 - a finding about this row; the others go on
+        return {**about, "status": "differs", "faults": [f"{type(error).__name__}: {error}"]}
     return {**about, **row_of(found), "seconds": time.perf_counter() - started}
 
 
@@ -331,9 +334,14 @@ def _run(arguments: argparse.Namespace, command: str) -> int:
             record = json.loads(arguments.render.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{arguments.render}: no results that can be read ({error})") from error
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA or "rows" not in record:
+            raise UserError(f"{arguments.render}: not the results of harness/parity.py, schema {SCHEMA}")
     else:
         if arguments.windows < 1 or arguments.length < 16:
             raise UserError("give at least 1 window of at least 16 tokens")
+        for target in (arguments.out, arguments.report):
+            if target is not None:
+                target.parent.mkdir(parents=True, exist_ok=True)  # before the long work rather than after
         device = parse_device(arguments.device)
         bits = [Bits.parse(text) for text in arguments.bits or ()]
         with tempfile.TemporaryDirectory(prefix="quantgrid-parity-") as scratch:
@@ -375,8 +383,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         refuse_foreign_kernels()
         return _run(arguments, f"python -m harness.parity {shlex.join(given)}".strip())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the rows that were finished are in --out", file=sys.stderr)

@@ -50,8 +50,9 @@ does not.
 
 A dash: nothing of the kind is quantised. In float32 a value at a tie between two codes goes either way, \
 because the simulation sums rounded products and the int4 execution integers; a network of 4-bit activations \
-amplifies each such flip from layer to layer, hence the differences of log-perplexity. In float64 no value \
-comes that near to a tie, and the executions are the same in every code."""
+amplifies each such flip from layer to layer, hence the differences of log-perplexity. In float64 only exact \
+ties are left, which sums of small integers can produce; where there is none, the executions agree in every \
+code, and in log-perplexity to the last digits."""
 
 
 def changes_text(settings: QuantiserSettings, base: QuantiserSettings) -> str:

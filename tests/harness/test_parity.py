@@ -146,7 +146,7 @@ def test_what_later_methods_may_plan(subjects: dict[str, Subject], scaled: bool)
 
 
 def test_quarot_agrees_on_a_window_of_the_default_model(tmp_path: Path) -> None:
-    """In float64, where ties do not blur the comparison: not one of 28 million codes may differ."""
+    """In float64, where chance makes no ties: not one of 28 million codes may differ."""
     subject = open_subject(DEFAULT_MODEL, tmp_path, windows=1, length=256)
     settings = dataclasses.replace(subject.base, weight_search=False)
     case = Case(Bits.parse("w4a4kv4"), settings, "float64")
@@ -463,6 +463,19 @@ def test_only_what_the_simulation_refuses_as_well_is_not_applicable(
     assert row["faults"] == ["the int4 execution refuses what the simulation runs: no such operation"]
 
 
+def test_a_comparison_that_fails_is_a_row_that_differs(
+    subjects: dict[str, Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise IndexError("out of range")
+
+    monkeypatch.setattr(parity, "compare", fail)
+    subject = subjects["odd"]
+    case = Case(Bits.parse("w4a16"), subject.base, "float64")
+    row = parity.measure(subject, parse_method("rtn"), case, CPU)
+    assert (row["status"], row["faults"]) == ("differs", ["IndexError: out of range"])
+
+
 @pytest.mark.parametrize(
     "given, said",
     [
@@ -471,6 +484,8 @@ def test_only_what_the_simulation_refuses_as_well_is_not_applicable(
         (["--models", "odd", "--bits", "four"], "bits 'four'"),
         (["--windows", "0"], "give at least 1 window"),
         (["--render", "nowhere.json"], "no results that can be read"),
+        (["--render", "results/reference/gate.json"], "not the results of harness/parity.py"),
+        (["--models", "odd", "--report", "README.md/report.md"], "README.md"),
     ],
 )
 def test_mistakes_are_told_in_a_line(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
