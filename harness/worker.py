@@ -47,7 +47,7 @@ def end_with_parent() -> None:
 def fill(job: Job, events: TextIO) -> None:
     """Fill the cell; the last event is {"settled": true}, {"leased": true}, {"refused": reason} or
     {"changed": true} where the cell's address is another than the job's."""
-    from harness.cell import CellRun, digest, identity, open_model, open_setting
+    from harness.cell import CellRun, digest, identity, open_model, open_setting, settled
     from harness.config import CellSpec, GridConfig
     from harness.progress import Steps
     from methods.errors import UserError
@@ -76,7 +76,9 @@ def fill(job: Job, events: TextIO) -> None:
     folder = Path(job.out) / job.cell_id
     try:
         with store.lease(folder):
-            CellRun(cell, model, setting, folder, Steps(send), folder / store.OUTPUT).run(job.retry_failed)
+            # Another command's process may have filled it while this one was starting.
+            if settled(folder, model, job.retry_failed, lambda said: send({"say": said})) is None:
+                CellRun(cell, model, setting, folder, Steps(send), folder / store.OUTPUT).run(job.retry_failed)
     except store.Leased:
         send({"leased": True})
         return

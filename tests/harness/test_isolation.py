@@ -5,6 +5,7 @@ The command runs as a user runs it, as a process; methods that misbehave come fr
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -19,6 +20,9 @@ from typing import Any
 import pytest
 
 from harness import store
+from harness.config import GridConfig, cells_of
+from harness.engine import watch
+from harness.worker import Job
 from methods import assets
 from tests.harness.small_grid import contents, save_model, tasks_done, write_grid
 from tests.harness.tokenizers import word_tokenizer
@@ -262,6 +266,14 @@ def test_two_commands_fill_one_store(model: str, tmp_path: Path, environment: di
     assert len(done) == len(set(done)) == 3 * 3
     starts = [e["pid"] for path in out.glob("*/history.jsonl") for e in store.read_history(path.parent)]
     assert len(set(starts)) == 3  # one worker a cell, whichever command started it
+
+    # A worker that was starting while another command's filled the cell finds nothing left to do.
+    manifest = json.loads((out / store.MANIFEST).read_text())
+    cell, cell_id = cells_of(GridConfig.model_validate(manifest["grid"]))[0], manifest["cells"][0]
+    history = (out / cell_id / store.HISTORY).read_bytes()
+    job = Job(manifest["grid"], dataclasses.asdict(cell), cell_id, str(out), "late", False)
+    assert watch(job, 300, lambda event: None) == ({"settled": True}, "start", 0)
+    assert (out / cell_id / store.HISTORY).read_bytes() == history
 
 
 def test_a_damaged_artifact_is_named_and_made_again(
