@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help grid study test gate parity speed lint assets clean
+.PHONY: help grid study test gate parity speed lint assets gpu-bundle clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 grid: $(INSTALLED) ## compare the 4-bit methods on the default model (20 minutes on 2 cores)
 	$(BIN)/python -m harness.grid grids/quick.yaml
@@ -37,6 +37,9 @@ lint: $(INSTALLED) ## ruff and mypy
 assets: $(INSTALLED) ## fetch the default model and the benchmark files, without running anything
 	$(BIN)/python -m methods.assets
 
+gpu-bundle: $(INSTALLED) ## pack the benchmark's peers and the default model for a GPU machine without an index
+	$(BIN)/python -m kernels.bundle collect --data "$$($(BIN)/python -c 'from methods import assets; print(assets.model_gguf().parent)')"
+
 clean: ## remove the environment and every cache in this folder (results and downloads stay)
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -53,5 +56,8 @@ $(INSTALLED): requirements.lock
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^pip==' $<)"; \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<; \
 	  $(BIN)/python -m pip check; \
+	  if [ "$$(uname -s)" = Linux ]; then \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $$(sed -n 's/^# kernels: //p' $<); \
+	  fi; \
 	  cp $< $@; \
 	fi

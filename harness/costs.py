@@ -37,6 +37,9 @@ calls of the run that scored it. What no implementation can run ends its cell wi
 simulated instead. Not operations of the int4 layer, and so not listed: embedding, lm_head, RoPE, attention \
 over a cache that is not quantised, norms in front of linears whose inputs are not, and linears whose \
 weights are not quantised, which the notes on methods name."""
+TUNED = """\
+Beside `triton` stands the beginning of the SHA-256 of kernels/tuning.json, the table by which its kernels' \
+variants were chosen."""
 MEBIBYTE = 2**20
 
 
@@ -118,7 +121,9 @@ def _operations_section(cells: Sequence[Cell]) -> list[str]:
         return []
     lines: list[list[Any]] = [[*key, f"{calls[key]:,}", users[key]] for key in sorted(calls)]
     head = ["operation", "implementation", "calls", "cells"]
-    return ["### Implementations that ran", table(head, lines), OPERATIONS]
+    tuned = any(implementation.startswith("triton, choices ") for _, implementation in calls)
+    notes = f"{OPERATIONS} {TUNED}" if tuned else OPERATIONS
+    return ["### Implementations that ran", table(head, lines), notes]
 
 
 def operations_of(cell: Cell) -> dict[tuple[str, str], int]:

@@ -13,11 +13,14 @@ from dataclasses import asdict
 
 from harness.config import GridConfig
 from harness.store import Record
-from kernels import ops
+from kernels import ops, tuning
 from methods.decoder import Decoder
 from methods.footprint import memory
 from methods.method import Plan
 from methods.pipeline import Pipeline
+
+HASH_DIGITS = 16
+"""Of a SHA-256, as much as names a table of tuning choices in a record."""
 
 
 def execution_of(pipeline: Pipeline, grid: GridConfig) -> str:
@@ -43,12 +46,27 @@ def memory_record(decoder: Decoder, plan: Plan) -> Record:
 
 @contextmanager
 def counted(into: Record, task: str) -> Iterator[None]:
-    """Put into[task] = {operation: {implementation: calls}} for what int4 execution runs inside; nothing
-    where that is none of it."""
+    """Put into[task] = `implementations()` of what int4 execution runs inside; nothing where that is none of
+    it."""
     ops.reset_implementations()
     try:
         yield
     finally:
-        found = ops.implementations()
+        found = implementations()
         if found:
             into[task] = found
+
+
+def implementations() -> dict[str, dict[str, int]]:
+    """{operation: {implementation: calls}} since the last reset, as it goes on record: a Triton kernel with
+    the table of tuning choices that it ran by, "triton, choices 0123456789abcdef"."""
+
+    def named(implementation: str) -> str:
+        if implementation != "triton":
+            return implementation
+        return f"triton, choices {tuning.table_sha256()[:HASH_DIGITS]}"
+
+    return {
+        operation: {named(implementation): count for implementation, count in calls.items()}
+        for operation, calls in ops.implementations().items()
+    }

@@ -78,7 +78,8 @@ def fill(job: Job, events: TextIO) -> None:
         with store.lease(folder):
             # Another command's process may have filled it while this one was starting.
             if settled(folder, model, job.retry_failed, lambda said: send({"say": said})) is None:
-                CellRun(cell, model, setting, folder, Steps(send), folder / store.OUTPUT).run(job.retry_failed)
+                run = CellRun(cell, model, setting, folder, Steps(send), folder / store.OUTPUT)
+                run.run(job.retry_failed)
     except store.Leased:
         send({"leased": True})
         return

@@ -4,6 +4,10 @@ Every operation runs at the shapes of real models and in turns with its peers: f
 bare integer product for linears, a copy for what is bound by memory, floating-point attention for the packed
 cache. Beside each time stands its floor: the bytes that the operation must move and the multiply-adds that it
 must do, at limits measured in the same run.
+
+On a GPU (`--device cuda`) the Triton kernels compete instead, with cuBLAS in bf16 and with the packages that
+are installed beside them: see `gpu_contests` and `peers`. `python -m kernels.roofline` makes a report of its
+JSON.
 """
 
 import argparse
@@ -20,10 +24,13 @@ from typing import Any
 
 import torch
 
+from kernels import gpu_bench, gpu_contests
 from kernels.contests import OPERATIONS, SHAPES, Contest
 from kernels.timing import Limits, Timing, Work, duration, interleaved, measure_limits, nbytes, spread
 
 LEAST_SECONDS = 0.01
+TOKENS = (1, 256)
+TURNS, GPU_TURNS = 5, 10
 NOTE = """\
 x first: the median over turns of the time as a multiple of the first implementation's in the same turn. \
 x floor below 1: the operands stayed in a cache."""
@@ -119,22 +126,51 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--shapes", nargs="+", metavar="SHAPE", default=list(SHAPES), help=", ".join(SHAPES))
     result.add_argument(
-        "--operations", nargs="+", metavar="NAME", default=list(OPERATIONS), help=", ".join(OPERATIONS)
+        "--operations",
+        nargs="+",
+        metavar="NAME",
+        help=f"{', '.join(OPERATIONS)}; on a GPU {', '.join(gpu_bench.OPERATIONS)} (default: all)",
     )
-    result.add_argument("--tokens", nargs="+", type=int, metavar="N", default=[1, 256], help="rows of x")
+    result.add_argument(
+        "--tokens",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help=f"rows of x (default: {list_of(TOKENS)}; on a GPU {list_of(gpu_contests.ROWS)})",
+    )
     result.add_argument("--context", type=int, metavar="N", default=2048, help="positions in the KV cache")
-    result.add_argument("--repeat", type=int, metavar="N", default=5, help="turns (default: 5)")
+    result.add_argument("--repeat", type=int, metavar="N", help="turns (default: 5; on a GPU 10)")
     result.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     result.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     result.add_argument("--out", type=Path, metavar="FILE", help="also write everything as JSON")
+    gpu = result.add_argument_group("on a GPU")
+    gpu.add_argument("--layers", nargs="+", metavar="NAME", help="only these linears or passes, such as qkv")
+    gpu.add_argument(
+        "--by",
+        nargs="+",
+        metavar="PACKAGE",
+        default=list(gpu_bench.BY),
+        help=f"who takes part beside cuBLAS (default: {', '.join(gpu_bench.BY)})",
+    )
+    gpu.add_argument(
+        "--prepare", type=int, metavar="N", default=0, help="compile everything first, in N processes"
+    )
+    gpu.add_argument("--commit", help="the commit of these sources, where they are not in git")
     return result
+
+
+def list_of(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def run(arguments: argparse.Namespace, command: str) -> None:
     """Raises ValueError for options that do not fit, OSError where the file cannot be written."""
+    on_gpu = arguments.device.startswith("cuda")
+    operations: Sequence[str] = list(gpu_bench.OPERATIONS if on_gpu else OPERATIONS)
     for kind, given, known in (
-        ("shape", arguments.shapes, SHAPES),
-        ("operation", arguments.operations, OPERATIONS),
+        ("shape", arguments.shapes, list(SHAPES)),
+        ("operation", arguments.operations or [], operations),
+        ("package", arguments.by, list(gpu_bench.BY)),
     ):
         for name in given:
             if name not in known:
@@ -143,18 +179,36 @@ def run(arguments: argparse.Namespace, command: str) -> None:
         value = getattr(arguments, name)
         if value is not None and min(value if isinstance(value, list) else [value]) < 1:
             raise ValueError(f"--{name}: give at least 1")
+    if arguments.prepare < 0:
+        raise ValueError("--prepare: give a number of processes, or 0")
     device = _device(arguments.device)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    operations = arguments.operations or operations
+    if on_gpu:
+        asked = gpu_bench.Options(
+            arguments.shapes,
+            operations,
+            arguments.layers,
+            arguments.tokens,
+            arguments.by,
+            arguments.repeat or GPU_TURNS,
+            arguments.prepare,
+            arguments.commit,
+            arguments.out,
+        )
+        gpu_bench.run(asked, command, machine(device), device)
+        return
+    tokens, turns = arguments.tokens or TOKENS, arguments.repeat or TURNS
     limits = measure_limits(device, (torch.float32, torch.bfloat16, torch.int8))
     rates = {str(dtype)[6:]: rate for dtype, rate in limits.multiply_adds_per_second.items()}
     about = machine(device)
     print("; ".join(f"{name} {value}" for name, value in about.items()))
     print(f"limits: {limits.bytes_per_second / 1e9:.1f} GB/s; multiply-adds: ", end="")
     print(", ".join(f"{name} {rate / 1e9:.0f} G/s" for name, rate in rates.items()), end="\n\n")
-    given = (arguments.shapes, arguments.operations, arguments.tokens, arguments.context, arguments.repeat)
+    given = (arguments.shapes, operations, tokens, arguments.context, turns)
     results = list(measure(*given, limits, device))
-    print(markdown(results, arguments.repeat))
+    print(markdown(results, turns))
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         record = {

@@ -1,11 +1,26 @@
 """The operations that methods call, each run by the implementation that fits and counted by its name.
 
-Signatures and results are those of `reference` and `kv_reference`, the one implementation so far. What cannot
-run raises; nothing is replaced silently. Names carry the widths: "linear w4a16", "kv_attention kv4".
+Signatures and results are those of `reference` and `kv_reference`, which run wherever no kernel does. On a
+CUDA GPU of compute capability 9, where triton is installed, an operation runs as a Triton kernel
+(kernels/triton) unless that refuses the operands. The account tells the two apart: "triton", and "reference
+(why no kernel ran)". What neither can run raises. Names carry the widths: "linear w4a16", "kv_attention kv4".
+
+Which implementation runs changes no integer: codes, scales and zero-points of a quantised tensor and the
+integer products of linears are the same to the last bit, and so is a linear of quantised inputs without kept
+channels. What it may change are the last bits of floating-point sums: of a linear with floating-point inputs
+or kept channels, of a root mean square and of a Hadamard transform, and with these two the codes that are
+then rounded from them. Kernels are chosen by the number of rows too, so there a row's last bits may depend on
+how many rows stand beside it.
 """
 
+import importlib
 from collections import Counter
-from typing import Unpack
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -14,7 +29,24 @@ from kernels import integer, kv_reference, reference
 from kernels.kv_reference import PackedRows
 from kernels.reference import PackedWeight, Quantised, Quantiser
 
+FEW_ROWS = 32
+"""Rows of a linear's input up to which reading the weight takes the time."""
+CAPABILITY = 9
+"""Major compute capability that the kernels are written for: Hopper."""
+TRITON = ("3.6",)
+"""Versions of triton that the kernels are written for."""
+
+# The files of kernels/triton by operation, but for linears.
+_FILES = {
+    "quantise": "quantise",
+    "rmsnorm_quantise": "rmsnorm_quantise",
+    "hadamard": "hadamard_quantise",
+    "hadamard_quantise": "hadamard_quantise",
+}
+
 _counts: dict[str, Counter[str]] = {}
+_reference_only = ContextVar("reference_only", default=False)
+_at_rest = ContextVar("weights_at_rest", default=False)
 
 
 def implementations() -> dict[str, dict[str, int]]:
@@ -25,6 +57,22 @@ def implementations() -> dict[str, dict[str, int]]:
 def reset_implementations() -> None:
     """Start counting anew."""
     _counts.clear()
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """Inside, the reference runs on GPUs too: what kernels are compared with."""
+    with _set(_reference_only):
+        yield
+
+
+@contextmanager
+def weights_at_rest() -> Iterator[None]:
+    """Inside, kernels are launched before those in front of them have ended, for whose results they wait;
+    linears fetch their weights meanwhile, on the promise that no work that is still queued writes them.
+    Whoever captures a CUDA graph of a model whose weights stay as they are can give it."""
+    with _set(_at_rest):
+        yield
 
 
 def quantise(
@@ -38,8 +86,8 @@ def quantise(
     zero: Tensor | None = None,
 ) -> Quantised:
     """`reference.quantise`."""
-    q = reference.quantise(x, bits, symmetric=symmetric, clip=clip, group=group, scale=scale, zero=zero)
-    _count(f"quantise a{bits}")
+    keywords = {"symmetric": symmetric, "clip": clip, "group": group, "scale": scale, "zero": zero}
+    q: Quantised = _run("quantise", bits, x, bits, **keywords)
     return q
 
 
@@ -53,13 +101,30 @@ def linear(
     bias: Tensor | None = None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`reference.linear`; the implementation says by which routes its integer products were formed."""
-    before = integer.routes_taken.copy()
-    y = reference.linear(x, w, x_keep=x_keep, w_keep=w_keep, row_scale=row_scale, bias=bias, dtype=dtype)
-    taken = " and ".join(sorted(integer.routes_taken - before))
-    inputs = 16 if isinstance(x, Tensor) else x.bits
-    _count(f"linear w{w.bits}a{inputs}", f"reference ({taken})" if taken else "reference")
+    """`reference.linear`; the reference says by which routes its integer products were formed."""
+    name = f"linear w{w.bits}a{16 if isinstance(x, Tensor) else x.bits}"
+    device = (x if isinstance(x, Tensor) else x.codes).device
+    keywords: dict[str, Any] = {"x_keep": x_keep, "w_keep": w_keep, "row_scale": row_scale, "bias": bias}
+    keywords["dtype"] = dtype
+    reason = _refusal_on(device, "linear", x, w, **keywords)
+    if reason is None:
+        kernel = _kernels(linear_kernel(x))
+        y: Tensor = kernel.linear(x, w, **keywords, weights_at_rest=_at_rest.get())
+    else:
+        before = integer.routes_taken.copy()
+        y = reference.linear(x, w, **keywords)
+        taken = " and ".join(sorted(integer.routes_taken - before))
+        reason = "; ".join(part for part in (reason, taken) if part)
+    _count(name, reason)
     return y
+
+
+def linear_kernel(x: Tensor | Quantised) -> str:
+    """The file of kernels/triton that is meant for a linear of x. That of floating-point inputs refuses many
+    rows, for which the reference (a dequantised weight, one dense product) is faster."""
+    if isinstance(x, Tensor):
+        return "linear_a16"
+    return "linear_few" if x.codes.numel() <= FEW_ROWS * x.codes.shape[-1] else "linear_many"
 
 
 def rmsnorm_quantise(
@@ -73,17 +138,23 @@ def rmsnorm_quantise(
     **quantiser: Unpack[Quantiser],
 ) -> tuple[Tensor | None, Quantised, Tensor]:
     """`reference.rmsnorm_quantise`."""
-    result = reference.rmsnorm_quantise(
-        x, eps=eps, divisor=divisor, gain=gain, row_scale=row_scale, keep=keep, **quantiser
+    keywords = {"eps": eps, "divisor": divisor, "gain": gain, "row_scale": row_scale, "keep": keep}
+    result: tuple[Tensor | None, Quantised, Tensor] = _run(
+        "rmsnorm_quantise", quantiser["bits"], x, **keywords, **quantiser
     )
-    _count(f"rmsnorm_quantise a{quantiser['bits']}")
     return result
 
 
 def hadamard(x: Tensor, *, size: int, inner: int = 1) -> Tensor:
     """`reference.online_hadamard`: the transform alone."""
-    y = reference.online_hadamard(x, size, inner)
-    _count("hadamard")
+    reason = _refusal_on(x.device, "hadamard", x, size=size, inner=inner)
+    if reason is None:
+        y: Tensor = _kernels(_FILES["hadamard"]).hadamard(
+            x, size=size, inner=inner, overlapped=_at_rest.get()
+        )
+    else:
+        y = reference.online_hadamard(x, size, inner)
+    _count("hadamard", reason)
     return y
 
 
@@ -91,15 +162,16 @@ def hadamard_quantise(
     x: Tensor, *, size: int, inner: int = 1, keep: int = 0, **quantiser: Unpack[Quantiser]
 ) -> tuple[Tensor | None, Quantised]:
     """`reference.hadamard_quantise`."""
-    result = reference.hadamard_quantise(x, size=size, inner=inner, keep=keep, **quantiser)
-    _count(f"hadamard_quantise a{quantiser['bits']}")
+    result: tuple[Tensor | None, Quantised] = _run(
+        "hadamard_quantise", quantiser["bits"], x, size=size, inner=inner, keep=keep, **quantiser
+    )
     return result
 
 
 def kv_append(rows: PackedRows, x: Tensor, start: int, *, clip: float = 1.0) -> None:
     """`kv_reference.kv_append`."""
     kv_reference.kv_append(rows, x, start, clip=clip)
-    _count(f"kv_append kv{rows.bits}")
+    _count(f"kv_append kv{rows.bits}", _refusal_on(x.device, "kv_append"))
 
 
 def kv_attention(
@@ -107,9 +179,81 @@ def kv_attention(
 ) -> Tensor:
     """`kv_reference.kv_attention`."""
     out = kv_reference.kv_attention(query, keys, values, length, mask=mask)
-    _count(f"kv_attention kv{keys.bits}")
+    _count(f"kv_attention kv{keys.bits}", _refusal_on(query.device, "kv_attention"))
     return out
 
 
-def _count(name: str, implementation: str = "reference") -> None:
+def refusal(operation: str, *operands: Any, **keywords: Any) -> str | None:
+    """Why no kernel can run an operation with these operands on a GPU of capability 9, in a phrase; None
+    where one can."""
+    file = kernel_file(operation, *operands)
+    reason: str | None = _kernels(file).unsupported(*operands, **keywords) if file else "no kernel"
+    return reason
+
+
+def kernel_file(operation: str, *operands: Any) -> str | None:
+    """The file of kernels/triton that is meant for an operation, None where there is none."""
+    if operation == "linear":
+        return linear_kernel(operands[0])
+    return _FILES.get(operation)
+
+
+def _refusal_on(device: torch.device, operation: str, *operands: Any, **keywords: Any) -> str | None:
+    """`refusal` where `device` could run a kernel at all; empty where kernels are no question."""
+    if device.type != "cuda":
+        return ""
+    if _reference_only.get():
+        return "asked for"
+    return no_kernels_on(device) or refusal(operation, *operands, **keywords)
+
+
+def _run(operation: str, width: int, /, *operands: Any, **keywords: Any) -> Any:
+    """The kernel or the reference of that name."""
+    reason = _refusal_on(operands[0].device, operation, *operands, **keywords)
+    if reason is None:
+        kernel = getattr(_kernels(_FILES[operation]), operation)
+        result = kernel(*operands, **keywords, overlapped=_at_rest.get())
+    else:
+        result = getattr(reference, operation)(*operands, **keywords)
+    _count(f"{operation} a{width}", reason)
+    return result
+
+
+def _kernels(file: str) -> Any:
+    return importlib.import_module(f"kernels.triton.{file}")
+
+
+@cache
+def no_kernels_on(device: torch.device) -> str | None:
+    """Why no kernel can run on a GPU, None where some can."""
+    if (reason := unfit_triton()) is not None:
+        return reason
+    if torch.version.cuda is None:
+        return "the GPU is none of NVIDIA's"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major == CAPABILITY else f"kernels are for sm_{CAPABILITY}0, this is sm_{major}{minor}"
+
+
+def unfit_triton() -> str | None:
+    """Why the kernels cannot be compiled here, None where they can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    version: str = importlib.import_module("triton").__version__
+    if version.rsplit(".", 1)[0] in TRITON:
+        return None
+    return f"kernels are for triton {' and '.join(TRITON)}, this is {version}"
+
+
+@contextmanager
+def _set(switch: ContextVar[bool]) -> Iterator[None]:
+    token = switch.set(True)
+    try:
+        yield
+    finally:
+        switch.reset(token)
+
+
+def _count(name: str, reason: str | None) -> None:
+    """reason: why no kernel ran, or how the reference did; None where a kernel ran."""
+    implementation = "triton" if reason is None else f"reference ({reason})" if reason else "reference"
     _counts.setdefault(name, Counter())[implementation] += 1

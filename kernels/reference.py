@@ -193,7 +193,8 @@ class PackedWeight:
     packed: uint8 [N, packed_width(K, bits)], see `packing`. inputs: K. signed: whether the codes, and with
     them `zero`, count from 0 (unsigned) or are two's complement.
     scale, zero: [N, G], one for each of G groups of consecutive inputs (axis 1), or [N / group, K] (axis 0).
-    zero is None for symmetric codes and may be fractional.
+    zero is None for symmetric codes and may be fractional. In memory a group's values for all outputs follow
+    each other: what neighbouring outputs need is then one piece, and one access of a GPU.
     colsum: int32 [N, G], the sum of the codes of each group as they are stored (signed), or None.
     """
 
@@ -205,6 +206,13 @@ class PackedWeight:
     signed: bool
     axis: int = 1
     colsum: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.axis == 1:
+            for name in ("scale", "zero"):
+                value = getattr(self, name)
+                if value is not None and not value.t().is_contiguous():
+                    object.__setattr__(self, name, value.t().contiguous().t())
 
     @property
     def group(self) -> int:

@@ -2,13 +2,17 @@
 
 What is compared is timed in one process and in turns, so that a machine that slows down, or neighbours on it,
 slow all of it alike. A ratio is formed within each turn, and its median taken.
+
+On a GPU short calls are bound by the host that launches them, unless they are replayed as a CUDA graph. So
+one graph holds one pass over several sets of operands, enough of them that each has left the cache (L2)
+before its turn comes again.
 """
 
 import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,6 +26,10 @@ from kernels.integer import int_mm
 STREAMED_BYTES = 1 << 28
 MATRIX = {"cpu": 1024, "cuda": 8192}
 TRIES = 10
+
+# A pass over all sets of operands moves this many times what L2 holds; more sets than MOST_SETS take too long
+# to record, and are marked where they come out too small.
+ROTATED_L2, MOST_SETS = 4, 2048
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,111 @@ def measure_limits(device: torch.device, dtypes: Iterable[torch.dtype]) -> Limit
             product = partial(torch.mm, a, a.t())
         rates[dtype] = size**3 / _fastest(product, device)
     return Limits(bandwidth, rates)
+
+
+def sets_needed(bytes_of_a_set: int, l2: int) -> int:
+    """How many sets of operands take turns: at least two, and enough to fill L2 ROTATED_L2 times, up to
+    MOST_SETS."""
+    return max(2, min(MOST_SETS, -(-ROTATED_L2 * l2 // max(bytes_of_a_set, 1))))
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A pass over all sets of operands: play() puts `calls` calls on the device's stream. eager: the host
+    launches each of them, because they cannot be recorded as a graph."""
+
+    play: Callable[[], object]
+    calls: int
+    eager: bool
+
+
+def recorded(calls: Sequence[Callable[[], object]], device: torch.device) -> Replay:
+    """The calls as one CUDA graph, after two of them have built what is built once.
+
+    The results of all calls are alive at once, so each has its own memory, like the operands. Raises what a
+    call raises outside the recording; what fails in it alone is left to the host.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                kept = [call() for call in calls]
+            finally:
+                graph.capture_end()
+        del kept
+        torch.cuda.synchronize(device)
+        graph.replay()
+        torch.cuda.synchronize(device)
+    except Exception:  # noqa: BLE001 - whatever it is, the same calls are tried without a graph
+        torch.cuda.synchronize(device)
+        return Replay(lambda: [call() for call in calls], len(calls), eager=True)
+    return Replay(graph.replay, len(calls), eager=False)
+
+
+def replayed(replays: Mapping[str, Replay], turns: int, least: float) -> dict[str, Timing]:
+    """Time every replay in each of `turns` turns by events on the current CUDA stream.
+
+    In a turn a replay is played once uncounted, which hides the host's work for the rest and empties the
+    cache of what others left there, and then as often as it takes to fill `least` seconds.
+    """
+
+    def timed(replay: Replay, times: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        replay.play()
+        begin.record()
+        for _ in range(times):
+            replay.play()
+        end.record()
+        return begin, end
+
+    times = {}
+    for name, replay in replays.items():
+        begin, end = timed(replay, 1)
+        end.synchronize()
+        times[name] = max(1, math.ceil(least / max(begin.elapsed_time(end) / 1e3, 1e-7)))
+    events = [{name: timed(replay, times[name]) for name, replay in replays.items()} for _ in range(turns)]
+    torch.cuda.synchronize()
+    return {
+        name: Timing(
+            tuple(
+                turn[name][0].elapsed_time(turn[name][1]) / 1e3 / (times[name] * replay.calls)
+                for turn in events
+            )
+        )
+        for name, replay in replays.items()
+    }
+
+
+def measure_gpu_limits(device: torch.device) -> tuple[Limits, dict[str, float]]:
+    """The limits that floors are formed with, and what was measured for them (bytes/s and multiply-adds/s).
+
+    Memory by copying (read and written) and by a sum (read), the faster of the two. Arithmetic on random data
+    by the library's square products. int8: what `torch._int_mm` reaches, or twice the bf16 rate where that is
+    more, because tensor cores do int8 at twice their bf16 rate and the library stays below it.
+    """
+    source = torch.randn(STREAMED_BYTES, device=device)
+    target = torch.empty_like(source)
+    size = MATRIX["cuda"]
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    codes = torch.randint(-128, 128, (size, size), dtype=torch.int8, device=device)
+    calls: dict[str, Callable[[], object]] = {
+        "copy": lambda: target.copy_(source),
+        "read": lambda: source.sum(),
+        "bf16": lambda: torch.mm(a, a.t()),
+        "int8": lambda: torch._int_mm(codes, codes.t()),
+    }
+    timings = replayed({name: recorded([call], device) for name, call in calls.items()}, TRIES, 0.01)
+    work = {"copy": 2 * source.nbytes, "read": source.nbytes, "bf16": size**3, "int8": size**3}
+    found = {name: work[name] / timing.median for name, timing in timings.items()}
+    rates = {torch.bfloat16: found["bf16"], torch.int8: max(found["int8"], 2 * found["bf16"])}
+    return Limits(max(found["copy"], found["read"]), rates), found
 
 
 def nbytes(*parts: object) -> int:

@@ -124,7 +124,7 @@ def _named_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
             for leaf in ("packed", "scale", "zero", "colsum"):
                 tensor = getattr(module.packed, leaf)
                 if tensor is not None:
-                    yield prefix + leaf, tensor
+                    yield prefix + leaf, tensor.contiguous()
 
 
 def _distinct(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

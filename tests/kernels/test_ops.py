@@ -1,13 +1,18 @@
 """The operations that methods call: the reference's results, and an account of what ran."""
 
+import importlib
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import integer, kv_reference, ops, reference
 from kernels.kv_reference import kv_rows
-from kernels.reference import pack_weight
+from kernels.packing import packed_width
+from kernels.reference import PackedWeight, Quantised, pack_weight
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +90,133 @@ def test_what_raises_is_not_counted() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         ops.kv_append(kv_rows(1, 1, 1, 8, 4, symmetric=True), torch.ones(1, 1, 2, 8), 0)
     assert ops.implementations() == {}
+
+
+class Kernels:
+    """Stands for a file of kernels/triton: refuses 3 bits, else gives back what it was called with."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def unsupported(self, *operands: Any, **keywords: Any) -> str | None:
+        bits = [keywords.get("bits"), *(x.bits for x in operands if isinstance(x, PackedWeight))]
+        return "3-bit codes" if 3 in (*bits, *operands[1:2]) else None
+
+    def __getattr__(self, operation: str) -> Any:
+        return lambda *operands, **keywords: (self.file, operation, keywords)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors without memory that count as CUDA's, and a GPU that can run kernels."""
+    monkeypatch.setattr(ops, "_kernels", Kernels)
+    monkeypatch.setattr(ops, "no_kernels_on", lambda device: None)
+    with FakeTensorMode(), torch.device("cuda"):
+        yield
+
+
+def operands(rows: int, bits: int = 4) -> tuple[Quantised, PackedWeight]:
+    q = Quantised(torch.zeros(rows, 64, dtype=torch.int8), torch.ones(rows, 1), None, None, 8)
+    packed = torch.zeros(16, packed_width(64, bits), dtype=torch.uint8)
+    return q, PackedWeight(packed, torch.ones(16, 1), None, bits, 64, True)
+
+
+def called(result: Any) -> tuple[str, str, dict[str, Any]]:
+    """What `Kernels` was called with, which stands where a result would."""
+    found: tuple[str, str, dict[str, Any]] = result
+    return found
+
+
+@pytest.mark.usefixtures("gpu")
+def test_on_a_gpu_the_kernel_that_is_meant_runs_and_is_counted() -> None:
+    for rows, file in ((1, "linear_few"), (ops.FEW_ROWS, "linear_few"), (ops.FEW_ROWS + 1, "linear_many")):
+        q, w = operands(rows)
+        found, operation, keywords = called(ops.linear(q, w, dtype=torch.bfloat16))
+        assert (found, operation) == (file, "linear")
+        assert keywords.get("weights_at_rest", False) is False
+        assert called(ops.linear(torch.ones(rows, 64), w, dtype=torch.bfloat16))[0] == "linear_a16"
+    x = torch.ones(4, 64)
+    assert called(ops.quantise(x, 8, symmetric=True))[:2] == ("quantise", "quantise")
+    assert called(ops.rmsnorm_quantise(x, eps=1e-5, bits=4, symmetric=True))[0] == "rmsnorm_quantise"
+    assert called(ops.hadamard_quantise(x, size=64, bits=4, symmetric=True))[0] == "hadamard_quantise"
+    assert called(ops.hadamard(x, size=64))[:2] == ("hadamard_quantise", "hadamard")
+    assert ops.implementations() == {
+        "hadamard": {"triton": 1},
+        "hadamard_quantise a4": {"triton": 1},
+        "linear w4a16": {"triton": 3},
+        "linear w4a8": {"triton": 3},
+        "quantise a8": {"triton": 1},
+        "rmsnorm_quantise a4": {"triton": 1},
+    }
+
+
+@pytest.mark.usefixtures("gpu")
+def test_weights_at_rest_reach_the_kernels() -> None:
+    (q, w), x = operands(1), torch.ones(4, 64)
+    with ops.weights_at_rest():
+        assert called(ops.linear(q, w, dtype=torch.bfloat16))[2]["weights_at_rest"] is True
+        assert called(ops.linear(x, w, dtype=torch.bfloat16))[2]["weights_at_rest"] is True
+        assert called(ops.linear(operands(64)[0], w, dtype=torch.bfloat16))[2]["weights_at_rest"] is True
+        assert called(ops.quantise(x, 8, symmetric=True))[2]["overlapped"] is True
+        with pytest.raises(KeyError), ops.weights_at_rest():
+            raise KeyError
+        assert called(ops.linear(q, w, dtype=torch.bfloat16))[2]["weights_at_rest"] is True
+    assert called(ops.linear(q, w, dtype=torch.bfloat16))[2]["weights_at_rest"] is False
+    assert called(ops.quantise(x, 8, symmetric=True))[2]["overlapped"] is False
+
+
+@pytest.mark.usefixtures("gpu")
+def test_on_a_gpu_the_account_says_why_the_reference_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(4, 64)
+    assert isinstance(ops.quantise(x, 3, symmetric=True), Quantised)
+    with ops.reference_only():
+        assert isinstance(ops.quantise(x, 8, symmetric=True), Quantised)
+        with torch.device("cpu"):
+            assert isinstance(ops.quantise(torch.ones(2, 8), 8, symmetric=True), Quantised)
+    q, w = operands(1, bits=3)
+
+    def product(*_: object, **__: object) -> None:
+        integer.routes_taken["torch._int_mm"] += 1
+
+    monkeypatch.setattr(reference, "linear", product)  # which indexes tensors, and these have no memory
+    ops.linear(q, w, dtype=torch.float32)
+    monkeypatch.setattr(ops, "no_kernels_on", lambda device: "triton is not installed")
+    ops.hadamard(x, size=64)
+    assert ops.implementations() == {
+        "hadamard": {"reference (triton is not installed)": 1},
+        "linear w3a8": {"reference (3-bit codes; torch._int_mm)": 1},
+        "quantise a3": {"reference (3-bit codes)": 1},
+        "quantise a8": {"reference": 1, "reference (asked for)": 1},
+    }
+
+
+def test_what_a_gpu_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(ops, "unfit_triton", lambda: None)
+
+    def reason(capability: tuple[int, int]) -> str | None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        ops.no_kernels_on.cache_clear()
+        return ops.no_kernels_on(device)
+
+    assert reason((9, 0)) is None
+    assert reason((8, 0)) == "kernels are for sm_90, this is sm_80"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert reason((9, 4)) == "the GPU is none of NVIDIA's"
+    monkeypatch.setattr(ops, "unfit_triton", lambda: "triton is not installed")
+    assert reason((9, 0)) == "triton is not installed"
+    ops.no_kernels_on.cache_clear()
+
+
+def test_other_versions_of_triton_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def installed(version: str | None) -> str | None:
+        monkeypatch.setattr(ops, "find_spec", lambda name: version)
+        module = SimpleNamespace(__version__=version)
+        monkeypatch.setattr(importlib, "import_module", lambda name: module)
+        return ops.unfit_triton()
+
+    assert installed(None) == "triton is not installed"
+    assert installed("3.6.0") is None and installed("3.6.2") is None
+    assert installed("3.7.1") == "kernels are for triton 3.6, this is 3.7.1"
+    assert installed("3.60.0") == "kernels are for triton 3.6, this is 3.60.0"

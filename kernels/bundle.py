@@ -1,0 +1,246 @@
+"""What a GPU machine without a package index needs, in parts small enough to carry there.
+
+    make gpu-bundle                                          here: fills .gpu/1, .gpu/2, ...
+    python3 -m kernels.bundle unpack .gpu/1 /tmp/quantgrid   there: once for each part, in any order
+    export PYTHONPATH=/tmp/quantgrid/site QUANTGRID_HOME=/tmp/quantgrid/data
+
+A part holds pieces of files and the list of all files with their sha256. `unpack` copies the pieces out of
+the checkout (the next transfer may replace them), joins the files that are complete, compares their sha256,
+and installs those that are wheels, so what lies in the first parts works before the last one has come. The
+peers' small wheels come first, then the large ones, then data.
+
+It stands in this package, and imports the standard library alone, because it must run on a bare machine from
+the sources that travel there.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+WHEELS = ("humming-kernels==0.1.19", "bitsandbytes==0.50.2", "mslk-cuda==1.1.0", "gguf==0.19.0")
+SOURCES = ("gemlite==0.6.0.post2",)
+"""Published as sources alone; pure Python, built here."""
+
+PYTHON = "3.12"
+GLIBC = (39, 35, 34, 31, 28, 27, 24, 17)
+CUDA = "cuda130"
+MANIFEST = "bundle.json"
+MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of a file's bytes: the part that holds it, and the piece's name there."""
+
+    part: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the bundle: its place below the target, and the pieces that it is joined from."""
+
+    place: str
+    sha256: str
+    pieces: tuple[Piece, ...]
+
+
+def collect(out: Path, data: Sequence[Path], megabytes: int) -> int:
+    """Fill out/1, out/2, ... and return their number. Raises ValueError where a wheel cannot be had."""
+    with tempfile.TemporaryDirectory() as scratch:
+        wheels = _download(Path(scratch))
+        files = [(f"wheels/{wheel.name}", wheel) for wheel in wheels]
+        for folder in data:
+            for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+                inside = file.relative_to(folder.parent).as_posix()
+                files.append((f"data/{folder.parent.name}/{inside}", file))
+        shutil.rmtree(out, ignore_errors=True)
+        return write_parts(files, out, megabytes * MEGABYTE)
+
+
+def write_parts(files: Iterable[tuple[str, Path]], out: Path, size: int) -> int:
+    """Cut files (place, path) into parts of at most `size` bytes below `out`; returns the number of parts."""
+    entries: list[Entry] = []
+    part, room = 1, size
+    for number, (place, path) in enumerate(files):
+        digest, pieces = hashlib.sha256(), []
+        with path.open("rb") as stream:
+            while block := stream.read(min(room, MEGABYTE)):
+                name = f"{number:02}"
+                piece = out / str(part) / name
+                piece.parent.mkdir(parents=True, exist_ok=True)
+                with piece.open("ab") as target:
+                    target.write(block)
+                if Piece(part, name) not in pieces:
+                    pieces.append(Piece(part, name))
+                digest.update(block)
+                room -= len(block)
+                if room == 0:
+                    part, room = part + 1, size
+        entries.append(Entry(place, digest.hexdigest(), tuple(pieces)))
+    parts = max((piece.part for entry in entries for piece in entry.pieces), default=0)
+    for each in range(1, parts + 1):
+        (out / str(each) / MANIFEST).write_text(
+            json.dumps(
+                {"part": each, "parts": parts, "files": [asdict(entry) for entry in entries]}, indent=1
+            )
+        )
+    return parts
+
+
+def unpack(part: Path, target: Path) -> list[str]:
+    """Take a part over into `target`; returns a line for each file that became whole and one for what is
+    missing.
+
+    Raises ValueError for a folder that is no part and for a file whose sha256 is another.
+    """
+    try:
+        manifest = json.loads((part / MANIFEST).read_text())
+        here = int(manifest["part"])
+        entries = [
+            Entry(file["place"], file["sha256"], tuple(Piece(**piece) for piece in file["pieces"]))
+            for file in manifest["files"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{part} is no part of a bundle: {error}") from error
+    pieces = target / "pieces"
+    pieces.mkdir(parents=True, exist_ok=True)
+    for piece in (each for entry in entries for each in entry.pieces if each.part == here):
+        shutil.copyfile(part / piece.name, pieces / f"{here}-{piece.name}")
+    said, missing = [], set()
+    for entry in entries:
+        place = target / entry.place
+        found = [pieces / f"{piece.part}-{piece.name}" for piece in entry.pieces]
+        absent = {piece.part for piece, file in zip(entry.pieces, found, strict=True) if not file.exists()}
+        if place.exists():
+            continue
+        if absent:
+            missing |= absent
+            continue
+        said.append(_join(found, place, entry, target))
+    if missing:
+        said.append(f"still missing: parts {', '.join(map(str, sorted(missing)))} of {manifest['parts']}")
+    else:
+        said.append("complete")
+    return said
+
+
+def _join(found: Sequence[Path], place: Path, entry: Entry, target: Path) -> str:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(f"{place.name}.partial")
+    digest = hashlib.sha256()
+    with partial.open("wb") as stream:
+        for file in found:
+            data = file.read_bytes()
+            digest.update(data)
+            stream.write(data)
+    if digest.hexdigest() != entry.sha256:
+        raise ValueError(f"{entry.place} is not what was packed: its sha256 differs")
+    if place.suffix == ".whl":
+        wheel = partial.rename(place)
+        options = ("--no-index", "--no-deps", "--no-compile", "--upgrade", f"--target={target / 'site'}")
+        try:
+            _pip("install", *options, str(wheel))
+        except ValueError as error:
+            return f"not installed: {wheel.name}: {error}"
+        return f"installed {wheel.name}"
+    partial.replace(place)
+    return f"placed {entry.place}"
+
+
+def _download(folder: Path) -> list[Path]:
+    """The wheels, smallest first."""
+    platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in GLIBC]
+    platforms += ["--platform=manylinux2014_x86_64", "--platform=manylinux1_x86_64"]
+    given = ["--no-deps", "--only-binary=:all:", f"--python-version={PYTHON}", "--implementation=cp"]
+    _pip("download", *given, *platforms, "--dest", str(folder), *WHEELS)
+    _pip("wheel", "--no-deps", "--wheel-dir", str(folder), *SOURCES)
+    for wheel in folder.glob("bitsandbytes-*.whl"):
+        slim(wheel)
+    return sorted(folder.glob("*.whl"), key=lambda wheel: (wheel.stat().st_size, wheel.name))
+
+
+def slim(wheel: Path) -> None:
+    """Leave out a wheel's libraries for other CUDA versions and other accelerators."""
+    kept = wheel.with_suffix(".kept")
+
+    def dropped(name: str) -> bool:
+        library = Path(name).name
+        return library.startswith("libbitsandbytes_") and not library.endswith((f"_{CUDA}.so", "_cpu.so"))
+
+    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(kept, "w", zipfile.ZIP_DEFLATED) as target:
+        for info in source.infolist():
+            data = source.read(info)
+            if dropped(info.filename):
+                continue
+            if info.filename.endswith(".dist-info/RECORD"):
+                lines = data.decode().splitlines(keepends=True)
+                data = "".join(line for line in lines if not dropped(line.split(",")[0])).encode()
+            target.writestr(info, data, zipfile.ZIP_DEFLATED)
+    kept.replace(wheel)
+
+
+def _pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", arguments[0], "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run([*command, *arguments[1:]], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise ValueError(f"pip {arguments[0]} failed: {said[-1] if said else done.returncode}")
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="python -m kernels.bundle",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = result.add_subparsers(dest="verb", required=True)
+    collecting = verbs.add_parser("collect", help="download the wheels and cut everything into parts")
+    collecting.add_argument("--out", type=Path, default=Path(".gpu"), metavar="FOLDER", help="default: .gpu")
+    collecting.add_argument(
+        "--data", type=Path, nargs="*", default=[], metavar="FOLDER", help="folders that travel as they are"
+    )
+    collecting.add_argument("--megabytes", type=int, default=40, metavar="N", help="of a part (default: 40)")
+    unpacking = verbs.add_parser("unpack", help="take over one part, and install what is complete")
+    unpacking.add_argument("part", type=Path)
+    unpacking.add_argument("target", type=Path, help="a folder outside the checkout")
+    return result
+
+
+def lines_of(arguments: argparse.Namespace) -> Iterator[str]:
+    """Do what was asked and say what was done. Raises ValueError and OSError."""
+    if arguments.verb == "unpack":
+        yield from unpack(arguments.part, arguments.target)
+        return
+    if arguments.megabytes < 1:
+        raise ValueError("--megabytes: give at least 1")
+    for folder in arguments.data:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder")
+    parts = collect(arguments.out, [folder.resolve() for folder in arguments.data], arguments.megabytes)
+    for part in range(1, parts + 1):
+        size = sum(file.stat().st_size for file in (arguments.out / str(part)).iterdir())
+        yield f"{arguments.out / str(part)}: {size / MEGABYTE:.1f} MB"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        for said in lines_of(arguments):
+            print(said, flush=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

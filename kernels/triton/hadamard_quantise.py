@@ -1,0 +1,519 @@
+"""The online Hadamard transform, and quantising, in one pass: one read of x, one write of the codes.
+
+H of the order `size` is had_A ⊗ H_J ⊗ H_B: a row is J tiles [A, B], and the transform is three steps.
+
+    slow    had_Aᵀ X_j on tensor cores. Entries are ± a power of two, so for 16-bit x all products are exact.
+    middle  Butterflies between the tiles, in float32.
+    fast    X_j H_B on tensor cores. X_j is float32 now and stays in registers as the left operand, in two
+            bfloat16 terms that hold 17 bits of it: far less is lost than the final rounding takes.
+
+So no intermediate result passes through shared memory, and an element costs A + 2 B multiplications of the
+tensor cores and some twenty instructions. float32 x is taken in three terms, all 24 bits, in both products.
+Orders up to 128 need the fast product alone (exact for 16-bit x), and where the transform mixes channels that
+lie `inner` apart, there is none.
+
+A program runs over several rows. The matrices stay in shared memory; the next row is fetched meanwhile.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Unpack
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels import tuning
+from kernels.compiled import Compilation
+from kernels.hadamard import hadamard_factors, hadamard_matrix, is_known_order
+from kernels.reference import Quantised, Quantiser
+from kernels.triton.quantise import (
+    DTYPES,
+    Results,
+    check,
+    compilation,
+    constants,
+    rows_of,
+    unsupported_input,
+    unsupported_quantiser,
+)  # fmt: skip
+from kernels.triton.rounding import (
+    codes,
+    larger,
+    largest,
+    largest_magnitude,
+    narrow,
+    rounding,
+    scale_and_zero,
+    smaller,
+    smallest,
+    widen,
+)  # fmt: skip
+
+# Elements of a row, padded, that registers hold, and tiles that a program unrolls.
+_MOST, _MOST_TILES = 32768, 16
+
+
+@dataclass(frozen=True)
+class Choice:
+    """programs: on a multiprocessor. stages: rows in shared memory, those being fetched included; with 1, the
+    next row waits in registers, or in the L2 cache. Where one is 0, the size of a row decides (see `Plan`).
+    height: rows of a tile at most."""
+
+    programs: int = 0
+    stages: int = 0
+    height: int = 128
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a row is cut: blocks * J tiles of A x B, padded to powers of two; which products there are."""
+
+    blocks: int
+    A: int
+    J: int
+    B: int
+    slow: bool
+    fast: bool
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        return max(triton.next_power_of_2(self.A), 16), max(triton.next_power_of_2(self.B), 16)
+
+    @property
+    def elements(self) -> int:
+        """Of a row, with padding."""
+        return self.padded[0] * self.padded[1] * self.blocks * self.J
+
+    @property
+    def warps(self) -> int:
+        """As many as there are tiles of 16 rows at most: a left operand in registers belongs to one warp."""
+        most = min(self.padded[0] // 16, 16) if self.fast else 8
+        return max(min(self.elements // 1024, most), 4 if self.padded[0] >= 64 else 1)
+
+    @property
+    def permuted(self) -> bool:
+        """Whether the matrices are permuted so that results lie in registers as they are stored."""
+        return self.slow and self.fast and self.padded == (16 * self.warps, 64)
+
+    @property
+    def programs(self) -> int:
+        """As many as fit the registers of a multiprocessor."""
+        return max(min(16 // self.warps, _MOST // self.elements), 1)
+
+    @property
+    def stages(self) -> int:
+        return 3 if self.elements <= 4096 else 1
+
+    def options(self, programs: int) -> dict[str, int]:
+        """For the compiler: no more registers than let so many programs run side by side.
+
+        Raises ValueError where the widest product's sums, and the 26 that the assembler wants beside them, do
+        not fit in those.
+        """
+        registers = min(65536 // (32 * self.warps * programs) // 8 * 8, 255)
+        needed = min(self.J * self.padded[0] * self.padded[1] // (32 * self.warps), 128) + 26
+        if registers < needed:
+            raise ValueError(
+                f"{programs} programs of {self.warps} warps on a multiprocessor leave a thread {registers} "
+                f"registers, and this transform takes {needed} at least"
+            )
+        return {"num_warps": self.warps, "maxnreg": registers}
+
+
+@triton.jit
+def _terms(x, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 x as a sum of bfloat16 numbers: 2 hold 17 bits of it, 3 all of them."""
+    term = narrow(x, tl.bfloat16)
+    terms = (term,)
+    for _ in tl.static_range(COUNT - 1):
+        x = x - widen(term)
+        term = narrow(x, tl.bfloat16)
+        terms = terms + (term,)  # type: ignore[assignment]
+    return terms
+
+
+@triton.jit
+def _apart(pairs, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The 16-bit numbers in int32 pairs [rows, j, n], as [rows, 2 j n]."""
+    numbers = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16)).to(dtype, bitcast=True)
+    return tl.reshape(numbers, [pairs.shape[0], 2 * pairs.shape[1] * pairs.shape[2]])
+
+
+@triton.jit
+def _halves(x):  # type: ignore[no-untyped-def]
+    """The left and the right half of a tile: other names for the same registers."""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def _butterfly(a, other, LAST: tl.constexpr, norm, NORM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sum of two tiles, or, in the place of the last of them, the difference; with NORM, times norm."""
+    if NORM:
+        factor = tl.full((1, 1), 0.0, tl.float32) + norm
+        if LAST:
+            return tl.fma(a, 0.0 - factor, other * factor)
+        else:
+            return tl.fma(other, factor, a * factor)
+    elif LAST:
+        return other - a
+    else:
+        return a + other
+
+
+@triton.jit
+def _ordered(x, ORDERED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile whose rows and columns come as the matrices of `_matrices` gave them, by channel.
+
+    A thread of the products holds two columns of every eight, and of their rows one of every eight. So
+    ordered, its columns are sixteen neighbours, and it holds what a store of 16 bytes takes.
+    """
+    if ORDERED:
+        return x
+    else:
+        parts = tl.reshape(x, [x.shape[0] // 16, 2, 8, 8, 4, 2])
+        return tl.reshape(tl.permute(parts, (1, 0, 2, 4, 3, 5)), [x.shape[0], x.shape[1]])
+
+
+@triton.jit
+def _hadamard(  # type: ignore[no-untyped-def]
+    x, slow, fast, out, scales, zeros, given_scale, given_zero, kept,
+    rows, n, keep, stride, scale_step, zero_step, clip, norm,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, STATIC: tl.constexpr, CLAMP: tl.constexpr,
+    QUANTISE: tl.constexpr, KEEP: tl.constexpr, NORM: tl.constexpr,
+    BLOCKS: tl.constexpr, A: tl.constexpr, J: tl.constexpr, B: tl.constexpr,
+    A_PAD: tl.constexpr, B_PAD: tl.constexpr, SLOW: tl.constexpr, FAST: tl.constexpr,
+    STAGES: tl.constexpr, LINES: tl.constexpr, AHEAD: tl.constexpr, JOINED: tl.constexpr,
+    ORDERED: tl.constexpr, OVERLAPPED: tl.constexpr,
+):  # fmt: skip
+    """Tile t = block * J + j holds the channels (t / J) A J B + a J B + (t % J) B + b."""
+    WIDE: tl.constexpr = x.dtype.element_ty == tl.float32
+    a, b = tl.arange(0, A_PAD)[:, None], tl.arange(0, B_PAD)[None, :]
+    inside = (a < A) & (b < B)
+    place = a * (J * B) + b
+    side = tl.arange(0, JOINED * B_PAD)[None, :]
+    inside_joined = (a < A) & (side < JOINED * B)
+    place_joined = a * (J * B) + side
+    one = tl.zeros((1, 1), tl.int32)
+    if SLOW:
+        left = tl.load(slow + a * A_PAD + tl.arange(0, A_PAD)[None, :])
+    if FAST:
+        right = tl.load(fast + tl.arange(0, B_PAD)[:, None] * B_PAD + b)
+    if OVERLAPPED:
+        gdc_wait()
+        gdc_launch_dependents()
+    if AHEAD:
+        # Two numbers in one: the loop would carry each of them in a register of its own. In three dimensions:
+        # else the compiler would let a thread take as many neighbours of these as of the codes.
+        pair = tl.arange(0, JOINED)[None, :, None] * (B // 2) + tl.arange(0, B_PAD // 2)[None, None, :]
+        place_pairs = tl.arange(0, A_PAD)[:, None, None] * (J * B // 2) + pair
+        inside_pairs = (place_pairs < A * J * B // 2) & (pair < JOINED * B // 2)
+        x_pairs = x.to(tl.pointer_type(tl.int32), bitcast=True)
+        start = tl.cast(tl.program_id(0), tl.int64)
+        fetched = tl.load(x_pairs + start * (stride // 2) + place_pairs, inside_pairs, other=0)
+    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
+        start = tl.cast(row, tl.int64)
+        if LINES:
+            # Into the L2 cache, a line a thread: the copy to shared memory starts when this row is done.
+            ahead = tl.cast(tl.minimum(row + (2 if AHEAD else 1) * tl.num_programs(0), rows - 1), tl.int64)
+            line = tl.minimum(tl.arange(0, LINES) * (1024 // x.dtype.element_ty.primitive_bitwidth), n - 1)
+            there = x + ahead * stride + line
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [there], tl.int32, False, 1
+            )
+        tiles = ()
+        for t in tl.static_range(0, BLOCKS * J, JOINED):
+            if AHEAD:
+                z = _apart(fetched, x.dtype.element_ty)
+            else:
+                z = tl.load(
+                    x + start * stride + (t // J * (A * J * B) + t % J * B + place_joined),
+                    inside_joined,
+                    other=0.0,
+                )
+            if SLOW:
+                if WIDE:
+                    terms = _terms(z, 3)
+                    z = tl.dot(left, terms[0], tl.dot(left, terms[1], tl.dot(left, terms[2])))
+                else:
+                    z = tl.dot(left, z)
+            pieces = (z,)
+            for level in tl.static_range(4):
+                if (1 << level) < JOINED:
+                    cut = ()
+                    for p in tl.static_range(1 << level):
+                        cut = cut + _halves(pieces[p])  # type: ignore[assignment]
+                    pieces = cut
+            tiles = tiles + pieces  # type: ignore[assignment]
+        for level in tl.static_range(4):
+            if (1 << level) < J:
+                mixed = ()
+                for t in tl.static_range(BLOCKS * J):
+                    mixed = mixed + (  # type: ignore[assignment]
+                        _butterfly(
+                            tiles[t],
+                            tiles[t ^ (1 << level)],
+                            t & (1 << level) != 0,
+                            norm,
+                            NORM and (2 << level) == J,
+                        ),
+                    )
+                tiles = mixed
+        done = ()
+        high = tl.zeros((A_PAD, 1), tl.float32)
+        low = tl.zeros((A_PAD, 1), tl.float32)
+        for t in tl.static_range(BLOCKS * J):
+            y = tiles[t]  # type: ignore[var-annotated]
+            channel = t // J * (A * J * B) + t % J * B + place
+            if FAST:
+                if WIDE:
+                    terms = _terms(y, 3)
+                    y = tl.dot(terms[0], right, tl.dot(terms[1], right, tl.dot(terms[2], right)))
+                elif SLOW:
+                    terms = _terms(y, 2)
+                    y = tl.dot(terms[0], right, tl.dot(terms[1], right))
+                else:
+                    y = tl.dot(y, right)
+            if NORM and J == 1:
+                y = y * norm
+            y = narrow(y, x.dtype.element_ty)
+            done = done + (y,)  # type: ignore[assignment]
+            if QUANTISE:
+                # Padding is 0, or NaN where the row has no finite scale anyway: neither needs a mask.
+                counted = y
+                if KEEP:
+                    counted = tl.where(channel >= keep, _ordered(y, ORDERED), 0.0)
+                if SYMMETRIC or STATIC:
+                    high = larger(high, largest_magnitude(counted))
+                else:
+                    wide = widen(counted)
+                    low, high = smaller(low, smallest(wide, 1)), larger(high, largest(wide, 1))
+        if AHEAD:
+            following = tl.cast(tl.minimum(row + tl.num_programs(0), rows - 1), tl.int64)
+            fetched = tl.load(x_pairs + following * (stride // 2) + place_pairs, inside_pairs, other=0)
+        if QUANTISE:
+            fixed_scale = tl.zeros((1, 1), tl.float32)
+            fixed_zero = fixed_scale
+            if STATIC:
+                fixed_scale = tl.load(given_scale + start * scale_step + one)
+                if not SYMMETRIC:
+                    fixed_zero = tl.load(given_zero + start * zero_step + one)
+            top, bottom = largest(high, 0), smallest(low, 0)
+            scale, zero = scale_and_zero(bottom, top, clip, fixed_scale, fixed_zero, BITS, SYMMETRIC, STATIC)
+            recipe = rounding(scale, zero, BITS, SYMMETRIC)
+            tl.store(scales + start + one, scale)
+            if not SYMMETRIC and not STATIC:
+                tl.store(zeros + start + one, zero)
+        for t in tl.static_range(BLOCKS * J):
+            y = done[t]
+            channel = t // J * (A * J * B) + t % J * B + place
+            byte = y  # type: ignore[var-annotated]
+            if QUANTISE:
+                byte = codes(y, recipe, SYMMETRIC, CLAMP, WIDE).to(out.dtype.element_ty)
+            byte = _ordered(byte, ORDERED)
+            if KEEP:
+                tl.store(kept + start * keep + channel, _ordered(y, ORDERED), inside & (channel < keep))
+                tl.store(out + start * (n - keep) + (channel - keep), byte, inside & (channel >= keep))
+            else:
+                tl.store(out + start * n + channel, byte, inside)
+
+
+def hadamard_quantise(
+    x: Tensor,
+    *,
+    size: int,
+    inner: int = 1,
+    keep: int = 0,
+    choice: Choice | None = None,
+    overlapped: bool = False,
+    **quantiser: Unpack[Quantiser],
+) -> tuple[Tensor | None, Quantised]:
+    """`reference.hadamard_quantise` on the GPU.
+
+    x: [..., n], bfloat16, float16 or float32. The transform is the reference's up to rounding in float32, and
+    the codes are those of the transform. choice and overlapped as in `quantise`. The first call for a size
+    copies its matrices to the GPU, which a CUDA graph cannot record. Raises ValueError, naming what does not
+    fit, where `unsupported` does.
+    """
+    check(unsupported(x, size=size, inner=inner, keep=keep, **quantiser))
+    leading, n = x.shape[:-1], x.shape[-1]
+    q = Results(leading, n - keep, x.device, quantiser)
+    kept = x.new_empty(*leading, keep) if keep else None
+    operands = (*q.pointers(), q.scale if kept is None else kept)
+    _launch(x, size, inner, keep, operands, q.numbers(), q.constants(x.dtype), True, choice, overlapped)
+    return kept, q.quantised()
+
+
+def hadamard(
+    x: Tensor, *, size: int, inner: int = 1, choice: Choice | None = None, overlapped: bool = False
+) -> Tensor:
+    """`reference.online_hadamard` on the GPU: x [..., n] transformed, in its dtype. Otherwise as
+    `hadamard_quantise`."""
+    check(unsupported(x, size=size, inner=inner))
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    unused = constants(8, True, False, 1.0, x.dtype)
+    _launch(x, size, inner, 0, (y,) * 6, (0, 0, 1.0), unused, False, choice, overlapped)
+    return y
+
+
+def unsupported(x: Tensor, *, size: int, inner: int = 1, keep: int = 0, **quantiser: Any) -> str | None:
+    """Why `hadamard_quantise`, or without a quantiser `hadamard`, cannot run here, in a phrase, or None."""
+    reason = unsupported_input(x, keep) or unsupported_transform(x.shape[-1], size, inner, x.dtype)
+    if reason is None and quantiser:
+        reason = unsupported_quantiser(x, x.shape[-1] - keep, **quantiser)
+    return reason
+
+
+def unsupported_transform(n: int, size: int, inner: int, dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Why rows of n cannot be so transformed, or None."""
+    if size < 1 or inner < 1 or n % (size * inner):
+        return f"blocks of {size} x {inner} in rows of {n}"
+    if not is_known_order(size):
+        return f"a Hadamard matrix of order {size}, which is not known"
+    where = plan(n, size, inner)
+    if where is None:
+        return f"a Hadamard matrix of order {size}, whose core is {hadamard_factors(size)[0]}"
+    if where.blocks * where.J > _MOST_TILES or where.elements > _MOST:
+        return f"rows of {n} in blocks of {size} x {inner}, which registers do not hold"
+    if where.slow and where.A > 128 and dtype == torch.float32:
+        return (
+            f"float32 rows for a Hadamard matrix of order {size}, whose core is {hadamard_factors(size)[0]}"
+        )
+    return None
+
+
+@lru_cache(maxsize=256)
+def plan(n: int, size: int, inner: int, height: int = 128) -> Plan | None:
+    """How rows of n are cut, or None where the core of the matrix is too large for one product.
+
+    height: rows of a tile at most, unless the core has more.
+    """
+    core, power = hadamard_factors(size)
+    blocks = n // (size * inner)
+    if inner == 1 and size <= 128:
+        return Plan(1, blocks, 1, size, slow=False, fast=True)
+    fast = 1 if inner > 1 else min(64 if size >= 1024 else 32 if size >= 512 else 16, power)
+    middle = 1
+    while size // (fast * middle) > height and core * fast * middle * 2 <= size:
+        middle *= 2
+    slow = size // (fast * middle)
+    if slow > 256:
+        return None
+    return Plan(blocks, slow, middle, inner if inner > 1 else fast, slow=True, fast=inner == 1)
+
+
+@lru_cache(maxsize=64)
+def _matrices(size: int, cut: Plan, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, float]:
+    """The slow matrix, transposed, the fast one, both padded with zeros, and what to multiply results by.
+
+    The first one's entries are the power of two not above 1 / sqrt(size), so that sums stay as small as x.
+    """
+    order_slow = cut.A if cut.slow else 1
+    order_fast = cut.B if cut.fast else 1
+    part = 2.0 ** -math.ceil(math.log2(size) / 2)
+    narrow = torch.bfloat16 if dtype == torch.float32 else dtype
+    with torch.inference_mode(False):
+        slow, fast = torch.zeros(cut.padded[0], cut.padded[0]), torch.zeros(cut.padded[1], cut.padded[1])
+        if cut.slow:
+            slow[: cut.A, : cut.A] = hadamard_matrix(order_slow).T * part
+        if cut.fast:
+            fast[: cut.B, : cut.B] = hadamard_matrix(order_fast) * (1.0 if cut.slow else part)
+        if cut.permuted:  # see `_ordered`
+            slow = slow.unflatten(0, (2, -1, 8)).transpose(0, 1).flatten(0, 2)
+            fast = fast.unflatten(1, (4, 8, 2)).transpose(1, 2).flatten(1)
+        # Beside the slow product, the fast one takes bfloat16 terms. Both are complete when this returns: a
+        # launch that overlaps reads them without waiting.
+        slow, fast = slow.to(narrow).to(device), fast.to(torch.bfloat16 if cut.slow else narrow).to(device)
+    return slow, fast, 1.0 / (part * math.sqrt(size))
+
+
+def _shape_constants(
+    cut: Plan, n: int, norm: float, stages: int, dtype: torch.dtype, paired: bool = True
+) -> dict[str, Any]:
+    """paired: rows start at multiples of four bytes, and the next may wait in registers."""
+    lines = triton.next_power_of_2(triton.cdiv(n * dtype.itemsize, 128))
+    joined = cut.J if cut.slow and cut.padded[1] == cut.B and dtype != torch.float32 else 1
+    return {
+        "AHEAD": stages == 1 and paired and cut.slow and cut.blocks * cut.J == joined
+        and dtype != torch.float32 and cut.B % 2 == 0,
+        "STAGES": stages, "LINES": 0 if stages > 2 or triton.knobs.runtime.interpret else lines,
+        "BLOCKS": cut.blocks, "A": cut.A, "J": cut.J, "B": cut.B,
+        "A_PAD": cut.padded[0], "B_PAD": cut.padded[1],
+        "JOINED": joined,
+        "ORDERED": not cut.permuted, "SLOW": cut.slow, "FAST": cut.fast, "NORM": norm != 1.0,
+    }  # fmt: skip
+
+
+def _launch(
+    x: Tensor,
+    size: int,
+    inner: int,
+    keep: int,
+    operands: tuple[Tensor, ...],
+    numbers: tuple[int, int, float],
+    quantiser: dict[str, Any],
+    quantised: bool,
+    choice: Choice | None,
+    overlapped: bool,
+) -> None:
+    rows = rows_of(x)
+    m, n = rows.shape
+    if not m:
+        return
+    choice = choice or tuning.lookup("hadamard_quantise", x.device, m, n, size, Choice())
+    cut = plan(n, size, inner, choice.height)
+    if cut is None or cut.blocks * cut.J > _MOST_TILES or cut.elements > _MOST:
+        raise ValueError(f"tiles of at most {choice.height} rows do not hold rows of {n} in blocks of {size}")
+    slow, fast, norm = _matrices(size, cut, x.dtype, x.device)
+    # Where more than codes is stored, there are no registers to keep the next row in.
+    paired = rows.stride(0) % 2 == 0 and rows.data_ptr() % 4 == 0 and quantised and not keep
+    programs = choice.programs or cut.programs
+    with torch.cuda.device_of(x):
+        _hadamard[(min(m, _multiprocessors(x.device) * programs),)](
+            rows, slow, fast, *operands, m, n, keep, rows.stride(0), *numbers, norm,
+            **quantiser, **_shape_constants(cut, n, norm, choice.stages or cut.stages, x.dtype, paired),
+            QUANTISE=quantised, KEEP=keep > 0, OVERLAPPED=overlapped,
+            **cut.options(programs), enable_fp_fusion=False, launch_pdl=overlapped,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def compilations() -> Iterator[Compilation]:
+    """What stands for this kernel in the compile tests."""
+    cases = [
+        ("bf16-4096", torch.bfloat16, 4096, 4096, 1, 0, True, 1.0),
+        ("bf16-4096-32x128", torch.bfloat16, 4096, 32, 128, 0, True, 1.0),
+        ("bf16-4096-keep-clip", torch.bfloat16, 4096, 4096, 1, 64, True, 0.9),
+        ("bf16-4096-transform-alone", torch.bfloat16, 4096, 4096, 1, 0, False, 1.0),
+        ("bf16-14336", torch.bfloat16, 14336, 14336, 1, 0, True, 1.0),
+        ("bf16-14336-clip", torch.bfloat16, 14336, 14336, 1, 0, True, 0.9),
+        ("bf16-8192", torch.bfloat16, 8192, 8192, 1, 0, True, 1.0),
+        ("bf16-13696-blocks-of-128", torch.bfloat16, 13696, 128, 1, 0, True, 1.0),
+        ("fp16-1536", torch.float16, 1536, 1536, 1, 0, True, 1.0),
+        ("fp32-4096", torch.float32, 4096, 4096, 1, 0, True, 1.0),
+    ]
+    for name, dtype, n, size, inner, keep, quantised, clip in cases:
+        cut = plan(n, size, inner)
+        assert cut is not None
+        pointer = f"*{DTYPES[dtype]}"
+        narrow = "*bf16" if dtype == torch.float32 else pointer
+        norm = 2.0 ** math.ceil(math.log2(size) / 2) / math.sqrt(size)
+        yield compilation(
+            f"hadamard-quantise-{name}",
+            _hadamard,
+            {"x": pointer, "kept": pointer, "norm": "fp32", "out": "*i8" if quantised else pointer}
+            | {"slow": narrow, "fast": "*bf16" if cut.slow else narrow},
+            constants(4, True, False, clip, dtype)
+            | _shape_constants(cut, n, norm, cut.stages, dtype, quantised and not keep)
+            | {"QUANTISE": quantised, "KEEP": keep > 0, "OVERLAPPED": False},
+            cut.options(cut.programs),
+            ("HGMMA",) if cut.padded[0] >= 64 else ("HMMA",),
+        )

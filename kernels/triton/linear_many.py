@@ -1,0 +1,338 @@
+"""The W4A4 and W4A8 linear for many rows, for Hopper: persistent, fed by TMA, specialised by warps.
+
+It computes Yᵀ = W Xᵀ in tiles of `block_outputs` by `block_tokens`. The weight is on the left because wgmma
+takes its left operand from registers, where the nibbles are unpacked; so packed bytes go from memory to
+shared memory to registers once and are never written back. One warp copies: a slot of the ring in shared
+memory holds a tile of packed bytes and the two tiles of x that meet its low and its high nibbles. Two groups
+of four warps multiply, each its own half of the outputs; they pass the ring independently, so that one
+multiplies while the other unpacks, or scales and stores its results. Of a tile of 64 outputs each takes every
+other step instead, and their sums meet in shared memory.
+
+Tiles are dealt to programs in rounds, one tile a program. The tiles of the last, incomplete round can be
+split along K among all programs (stream-K): the integer partial sums go through global memory, the last
+program to arrive adds them up. Integers have one sum in any order, so every choice gives the same bits.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels import tuning
+from kernels.compiled import Compilation, launch
+from kernels.reference import PackedWeight, Quantised
+from kernels.triton.linear_many_choices import (
+    LARGEST_TILE,
+    PAIR_REGISTERS,
+    Choice,
+    Plan,
+    candidates,
+    deepest,
+    default,
+    plan,
+)
+from kernels.triton.linear_many_kernel import KEEP_TILE, linear_many_kernel
+
+__all__ = ["Choice", "Plan", "candidates", "compilations", "default", "linear", "plan", "unsupported"]
+
+MAX_KEEP = 256
+_OUT = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def linear(
+    x: Quantised,
+    w: PackedWeight,
+    *,
+    x_keep: Tensor | None = None,
+    w_keep: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype,
+    choice: Choice | None = None,
+    weights_at_rest: bool = False,
+) -> Tensor:
+    """`reference.linear` for quantised x: [..., N] in `dtype` (bfloat16, float16 or float32).
+
+    x: symmetric int8 codes [..., K] with one scale a row. w: symmetric 4-bit codes [N, K], one scale a row.
+    x_keep [..., keep], w_keep [N, keep]: both bfloat16 or both float16, keep a multiple of 16. row_scale:
+    [..., 1]. bias: [N]. choice: None takes the table's. weights_at_rest: no work that is still queued on this
+    stream writes w, w_keep or bias; the kernel may then fetch weights while the one before it is running.
+    Without kept channels the result is that of the
+    reference bit for bit. Raises ValueError where `unsupported` says why.
+    """
+    reason = unsupported(
+        x, w, x_keep=x_keep, w_keep=w_keep, row_scale=row_scale, bias=bias, dtype=dtype
+    ) or _no_gpu(x.codes)
+    if reason is not None:
+        raise ValueError(f"the linear for many rows cannot run here: {reason}")
+    outputs, inputs = w.packed.shape[0], w.inputs
+    codes = _rows(x.codes)
+    rows = codes.shape[0]
+    device = codes.device
+    y = torch.empty(*x.codes.shape[:-1], outputs, dtype=dtype, device=device)
+    if rows == 0:
+        return y
+    processors = _processors(device)
+    if choice is None:
+        first = default(rows, outputs, inputs, processors)
+        choice = tuning.lookup("linear_many", device, rows, outputs, inputs, first)
+    if not choice.fits():
+        raise ValueError(f"no kernel can be built with {choice}")
+    dealt = plan(rows, outputs, inputs, choice, processors)
+    with torch.cuda.device(device):
+        partials, arrivals = _workspace(device, dealt)
+        linear_many_kernel[(dealt.programs,)](
+            *_arguments(
+                *(codes, x.scale, w, y, x_keep, w_keep, row_scale, bias),
+                *(partials, arrivals, dealt, choice, weights_at_rest),
+            ),
+            num_warps=4,
+            maxnreg=PAIR_REGISTERS[1] if choice.pair else None,
+            launch_pdl=weights_at_rest,
+            enable_fp_fusion=False,
+        )
+    return y
+
+
+def unsupported(
+    x: Tensor | Quantised,
+    w: PackedWeight,
+    *,
+    x_keep: Tensor | None = None,
+    w_keep: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype,
+) -> str | None:
+    """Why this kernel cannot compute `linear` of these operands, in a phrase; None where it can.
+
+    Shapes that fit nothing are refused like those that only this kernel does not take. The device is not
+    looked at.
+    """
+    if isinstance(x, Tensor):
+        return "floating-point inputs"
+    if w.bits != 4:
+        return f"{w.bits}-bit weights"
+    if w.axis == 0:
+        return "groups along axis 0"
+    if w.zero is not None or not w.signed:
+        return "weights with zero-points"
+    if w.scale.shape[1] != 1:
+        return "groups of weights"
+    if x.zero is not None:
+        return "inputs with zero-points"
+    if x.scale.shape[-1] != 1:
+        return "groups of inputs"
+    if x.codes.dtype != torch.int8:
+        return f"{x.codes.dtype} inputs"
+    if w.scale.dtype != torch.float32 or x.scale.dtype != torch.float32:
+        return "scales that are not float32"
+    if dtype not in _OUT:
+        return f"{dtype} results"
+    if w.inputs % 32:
+        return f"K = {w.inputs} is no multiple of 32"
+    if x.codes.shape[-1] != w.inputs:
+        return f"an input of {x.codes.shape[-1]} channels for a weight of {w.inputs}"
+    if w.inputs << (x.bits + 6) >= 2**31:  # 16 times a code, of 4 bits, times a code of x.bits
+        return f"K = {w.inputs} could leave 32-bit integers"
+    if not w.packed.is_contiguous() or w.packed.data_ptr() % 16:
+        return "a packed weight that is not contiguous and aligned to 16 bytes"
+    rows = x.codes.numel() // w.inputs
+    return _unsupported_extras(x_keep, w_keep, row_scale, bias, rows, w.packed.shape[0])
+
+
+def _unsupported_extras(
+    x_keep: Tensor | None,
+    w_keep: Tensor | None,
+    row_scale: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    outputs: int,
+) -> str | None:
+    if (x_keep is None) != (w_keep is None):
+        return "kept channels without both their inputs and their weights"
+    if x_keep is not None and w_keep is not None:
+        keep = w_keep.shape[-1]
+        if x_keep.dtype != w_keep.dtype or x_keep.dtype not in (torch.bfloat16, torch.float16):
+            return f"kept channels in {x_keep.dtype} and {w_keep.dtype}"
+        if keep % 16 or not 0 < keep <= MAX_KEEP:
+            return f"{keep} kept channels, no multiple of 16 up to {MAX_KEEP}"
+        if x_keep.shape[-1] != keep or x_keep.numel() != rows * keep or w_keep.shape != (outputs, keep):
+            return f"kept channels {tuple(x_keep.shape)} and {tuple(w_keep.shape)} that do not fit"
+    for name, operand, size in (("row_scale", row_scale, rows), ("bias", bias, outputs)):
+        if operand is not None and operand.dtype not in _OUT:
+            return f"{name} in {operand.dtype}"
+        if operand is not None and operand.numel() != size:
+            return f"{name} {tuple(operand.shape)} that does not fit"
+    return None
+
+
+def compilations() -> Iterator[Compilation]:
+    """The kernel for its kinds of operands and for its sizes of tiles."""
+    prefill, narrow = Choice(), Choice(64, 64, 64, 6, pair=True, prefetch=True)
+    yield _compilation("bf16 256x128", prefill)
+    yield _compilation("bf16 128x128 split", deepest(128, 128, True, 8), rows=1000)
+    yield _compilation("bf16 128x64 split", deepest(128, 64, True, 8), rows=64)
+    yield _compilation("bf16 128x64 split pair", Choice(128, 64, 64, 6, True, pair=True), rows=64)
+    yield _compilation("bf16 256x64 split", deepest(256, 64, True, 8), rows=64)
+    yield _compilation("bf16 64x64", replace(deepest(64, 64, False, 8), prefetch=True), rows=64)
+    yield _compilation("bf16 64x64 pair", narrow, rows=64)
+    yield _compilation("bf16 64x64x128", Choice(64, 64, 128, 6), rows=64)
+    yield _compilation("bf16 64x128 split", deepest(64, 128, True, 8), rows=128)
+    yield _compilation("fp16 kept channels, bias, row scale", prefill, torch.float16, keep=64, extras=True)
+    kept = "fp16 64x64 pair, kept channels, bias, row scale"
+    yield _compilation(kept, narrow, torch.float16, rows=64, keep=64, extras=True)
+    large, small = deepest(128, 128, True, 8), deepest(64, 64, True, 8)
+    yield _compilation("fp32 128x128 split, bias, row scale", large, torch.float32, rows=1000, extras=True)
+    yield _compilation("fp32 64x64 split, bias, row scale", small, torch.float32, rows=33, extras=True)
+
+
+def _compilation(
+    name: str,
+    choice: Choice,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    rows: int = 4096,
+    keep: int = 0,
+    extras: bool = False,
+) -> Compilation:
+    """The launch of a product of 4096 inputs and 6144 outputs."""
+    inputs, outputs = 4096, 6144
+
+    def of(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    w = PackedWeight(of(outputs, inputs // 2, dtype=torch.uint8), of(outputs, 1), None, 4, inputs, True)
+    dealt = plan(rows, outputs, inputs, choice, 132)
+    arguments = _arguments(
+        of(rows, inputs, dtype=torch.int8),
+        of(rows, 1),
+        w,
+        of(rows, outputs, dtype=dtype),
+        of(rows, keep, dtype=dtype) if keep else None,
+        of(outputs, keep, dtype=dtype) if keep else None,
+        of(rows, 1) if extras else None,
+        of(outputs, dtype=dtype) if extras else None,
+        of(2**20, dtype=torch.int32),
+        of(512, dtype=torch.int32),
+        dealt,
+        choice,
+        True,
+    )
+    expect = (f"IGMMA.64x{choice.block_tokens}x32.S8.S8", "LDSM", "UTMALDG")
+    options = {"num_warps": 4, "maxnreg": PAIR_REGISTERS[1] if choice.pair else None, "launch_pdl": True}
+    return launch(name, linear_many_kernel, *arguments, **options, enable_fp_fusion=False, expect=expect)
+
+
+def _arguments(
+    codes: Tensor,
+    x_scale: Tensor,
+    w: PackedWeight,
+    y: Tensor,
+    x_keep: Tensor | None,
+    w_keep: Tensor | None,
+    row_scale: Tensor | None,
+    bias: Tensor | None,
+    partials: Tensor,
+    arrivals: Tensor,
+    dealt: Plan,
+    choice: Choice,
+    at_rest: bool,
+) -> tuple[Any, ...]:
+    """The kernel's arguments."""
+    outputs, half = w.packed.shape
+    keep = 0 if w_keep is None else w_keep.shape[-1]
+    part = max(choice.block_outputs // 2, 64)
+    tile_x = [choice.block_tokens, choice.block_bytes]
+    bytes_ = gl.NVMMASharedLayout(choice.block_bytes, 8)
+    w_desc = _descriptor(w.packed.view(torch.int8), [choice.block_outputs, choice.block_bytes], bytes_)
+    x_desc = _descriptor(codes, tile_x, bytes_)
+    y_desc = wk_desc = xk_desc = None
+    if y.element_size() == 2 and outputs % 8 == 0:
+        y_desc = _descriptor(y.view(-1, outputs), [choice.block_tokens, part], gl.NVMMASharedLayout(128, 16))
+    if x_keep is not None and w_keep is not None:
+        kept = gl.NVMMASharedLayout(64, 16)
+        wk_desc = _descriptor(_rows(w_keep), [part, KEEP_TILE.value], kept)
+        xk_desc = _descriptor(_rows(x_keep), [choice.block_tokens, KEEP_TILE.value], kept)
+    return (
+        w.packed.view(torch.int8) if choice.prefetch and at_rest else None,
+        *(w_desc, x_desc, y_desc, wk_desc, xk_desc, y, w.scale.contiguous(), x_scale.contiguous()),
+        None if bias is None else bias.contiguous(),
+        None if row_scale is None else row_scale.contiguous(),
+        *(partials, arrivals, codes.shape[0], outputs, half, keep),
+        *(dealt.steps, dealt.full, dealt.rest, dealt.sharers, choice.group, choice.stages),
+        dealt.sharers > dealt.rest,
+        PAIR_REGISTERS[0] if choice.pair else 240,
+    )
+
+
+def _descriptor(x: Tensor, block: list[int], layout: Any) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x, block, layout)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., n] as a matrix that TMA can read, whose rows begin at multiples of 16 bytes. Copied only if it
+    must be."""
+    matrix = x.reshape(-1, x.shape[-1])
+    apart = matrix.stride(0) * x.element_size()
+    if matrix.stride(1) != 1 or matrix.stride(0) < matrix.shape[1] or apart % 16:
+        matrix = matrix.contiguous()
+    return matrix.clone(memory_format=torch.contiguous_format) if matrix.data_ptr() % 16 else matrix
+
+
+def _no_gpu(x: Tensor) -> str | None:
+    if not x.is_cuda:
+        return f"tensors on {x.device}"
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return None if (major, minor) == (9, 0) else f"a GPU of compute capability {major}.{minor}, not 9.0"
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# Partial sums and counters of arrivals, by device, stream, and whether calls are captured in a graph.
+_workspaces: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}
+# The key of the workspace that captured calls use instead of their stream's.
+_CAPTURED = -1
+
+
+def _workspace(device: torch.device, dealt: Plan) -> tuple[Tensor, Tensor]:
+    """Room for the partial sums of split tiles, and counters, which are 0 before and after every launch.
+
+    Kept for each stream, since two streams may run at once, and as large as any choice needs it (35 MB on
+    132 multiprocessors): a graph goes on using the one it was captured with. Captured calls share one of
+    their own, made by an earlier call that was not captured; so graphs of one device are replayed one after
+    another.
+    """
+    if dealt.sharers == dealt.rest:
+        return _nowhere(device)
+    if torch.cuda.is_current_stream_capturing():
+        # A new one is zeroed by the graph at every replay.
+        return _workspaces.get((device.index, _CAPTURED)) or _new_workspace(device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    for key in ((device.index, stream), (device.index, _CAPTURED)):
+        if key not in _workspaces:
+            _workspaces[key] = _new_workspace(device)
+    return _workspaces[device.index, stream]
+
+
+def _new_workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+    most = 2 * _processors(device)
+    return (
+        torch.empty(most * LARGEST_TILE, dtype=torch.int32, device=device),
+        torch.zeros(most, dtype=torch.int32, device=device),
+    )
+
+
+@functools.cache
+def _nowhere(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Arguments for a launch that splits no tile."""
+    nothing = torch.empty(1, dtype=torch.int32, device=device)
+    return nothing, nothing

@@ -1,0 +1,344 @@
+"""The fused quantising kernels on a GPU: codes, scales and zero-points of the reference bit for bit, RMSNorm
+and Hadamard against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.reference import Quantised, Quantiser
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytest.importorskip("triton", reason="needs triton")
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# Half the distance of neighbouring numbers, in units of the number.
+HALF_UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+WIDTHS = [1, 7, 64, 100, 129, 1536, 4096, 5000, 14336, 32768]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> None:
+    """What the allocator hands out next is NaN, or the code -1: an element that is not written shows."""
+    for size in (2**12, 2**16, 2**20, 2**24):
+        torch.full((size,), -1, dtype=torch.int32, device="cuda")
+    torch.cuda.synchronize()
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def hard_rows(n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Twelve rows: plain, zero, outlier, tiny, NaN, Inf, halves (ties), the smallest and largest numbers."""
+    x = random(12, n, dtype=torch.float64, seed=seed + n) * 3
+    x[1], x[2, n // 3] = 0.0, 1e4
+    x[3] *= 1e-6
+    x[4, n // 2], x[5, -1], x[6, 0] = float("nan"), float("inf"), -float("inf")
+    x[7] = torch.randint(-14, 15, (n,), generator=torch.Generator().manual_seed(seed)) / 2
+    x[7, 0] = -7.0
+    x[8] = x[7] * torch.finfo(dtype).smallest_normal / 16
+    x[9] = x[7] / 8 * torch.finfo(dtype).max
+    x[10, 1:] = 0.0
+    x[11] = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the least subnormal
+    return x.to(dtype)
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    a, b = a.cpu(), b.cpu()
+    return a.dtype == b.dtype and torch.equal(a.nan_to_num(12345.0), b.nan_to_num(12345.0))
+
+
+def same_codes(a: Quantised, b: Quantised) -> bool:
+    return (a.group, a.bits) == (b.group, b.bits) and all(
+        same(x, y) for x, y in ((a.codes, b.codes), (a.scale, b.scale), (a.zero, b.zero))
+    )
+
+
+def on_cpu(y: Tensor, quantiser: Quantiser) -> Quantised:
+    """The reference's codes of y, on the CPU."""
+    static: dict[str, Any] = {
+        key: value.cpu() if isinstance(value, Tensor) else value for key, value in quantiser.items()
+    }
+    return reference.quantise(y.cpu(), **static)
+
+
+QUANTISERS: list[dict[str, Any]] = [
+    {"symmetric": True},
+    {"symmetric": True, "clip": 0.9},
+    {"symmetric": True, "clip": 0.1},
+    {"symmetric": False},
+    {"symmetric": False, "clip": 0.8},
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", WIDTHS)
+def test_codes_are_the_reference_s(n: int, dtype: torch.dtype) -> None:
+    from kernels.triton.quantise import quantise
+
+    x = hard_rows(n, dtype)
+    for quantiser in QUANTISERS:
+        for bits in (2, 3, 4, 8):
+            found = quantise(x.cuda(), bits, **quantiser)
+            assert same_codes(found, reference.quantise(x, bits, **quantiser)), (bits, quantiser)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_static_ranges(dtype: torch.dtype) -> None:
+    from kernels.triton.quantise import quantise
+
+    x = hard_rows(1000, dtype)
+    each = random(12, 1, seed=5).abs() + 0.01
+    ranges: list[dict[str, Any]] = [
+        {"scale": torch.tensor(0.3)},
+        {"scale": torch.tensor([0.02])},
+        {"scale": each},
+        {"scale": torch.tensor(0.3), "zero": torch.tensor(3.0)},
+        {"scale": each, "zero": (each * 3).round()},
+        {"scale": torch.tensor(1e-42)},
+        {"scale": torch.tensor(0.0)},
+    ]
+    for static in ranges:
+        for bits in (4, 8):
+            quantiser: Any = {"bits": bits, "symmetric": "zero" not in static, **static}
+            there: Any = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in quantiser.items()}
+            assert same_codes(quantise(x.cuda(), **there), reference.quantise(x, **quantiser)), quantiser
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ties_round_as_true_division_does(dtype: torch.dtype) -> None:
+    """Rows of few distinct significands under many maxima: quotients lie on and beside the halves."""
+    from kernels.triton.quantise import quantise
+
+    top = torch.arange(1, 2049, dtype=torch.float64)[:, None]
+    x = (torch.linspace(-1, 1, 449, dtype=torch.float64)[None, :] * top).to(dtype)
+    x[:, 0] = top[:, 0].to(dtype)
+    for bits in range(2, 9):
+        for clip in (1.0, 0.9, 0.77):
+            found = quantise(x.cuda(), bits, symmetric=True, clip=clip)
+            assert same_codes(found, reference.quantise(x, bits, symmetric=True, clip=clip)), (bits, clip)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8,), (1, 4096), (2, 3, 33), (17, 4096), (65, 4096), (1000, 20)])
+def test_shapes_and_strides(shape: tuple[int, ...]) -> None:
+    from kernels.triton.quantise import quantise
+
+    x = random(*shape, dtype=torch.bfloat16)
+    assert same_codes(quantise(x.cuda(), 4, symmetric=True), reference.quantise(x, 4, symmetric=True))
+    if x.dim() > 1 and x.numel():
+        there = x.cuda()
+        for view, here in (
+            (there[..., 1:], x[..., 1:]),
+            (there[::2, ..., :-2], x[::2, ..., :-2]),
+            (there.transpose(0, -1), x.transpose(0, -1)),
+            (there[:1].expand(3, *shape[1:]), x[:1].expand(3, *shape[1:])),
+        ):
+            assert same_codes(quantise(view, 4, symmetric=True), reference.quantise(here, 4, symmetric=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [64, 100, 1536, 4096, 5000, 14336])
+def test_rmsnorm(n: int, dtype: torch.dtype) -> None:
+    from kernels.triton.rmsnorm_quantise import rmsnorm_quantise
+
+    x = hard_rows(n, dtype)
+    x[6] = random(n, dtype=dtype)  # of the infinite rows one is enough
+    gain, row_scale = random(n, seed=3, dtype=dtype), random(12, 1, seed=4).abs()
+    cases: list[dict[str, Any]] = [
+        {},
+        {"gain": gain},
+        {"gain": gain, "keep": 64 if n > 64 else 3},
+        {"gain": gain[:1], "row_scale": row_scale, "divisor": n - 5},
+        {"keep": 5},
+    ]
+    quantisers: list[Any] = [
+        {"bits": 4, "symmetric": True},
+        {"bits": 8, "symmetric": True, "clip": 0.9},
+        {"bits": 4, "symmetric": False},
+    ]
+    for case in cases:
+        there: Any = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in case.items()}
+        floor = 1e-5 * (row_scale.double() ** 2 if "row_scale" in case else 1.0)
+        exact = (x.double().square().sum(-1, keepdim=True) / case.get("divisor", n) + floor).sqrt()
+        for quantiser in quantisers:
+            kept, q, rms = rmsnorm_quantise(x.cuda(), eps=1e-5, **there, **quantiser)
+            ordinary = torch.tensor([0, 1, 2, 3, 6, 7, 10])
+            torch.testing.assert_close(rms.cpu()[ordinary], exact[ordinary].float(), rtol=1e-6, atol=0.0)
+            # Given the rms, everything else is the reference's to the bit.
+            y = (x / rms.cpu()).to(dtype)
+            y = y * case["gain"] if "gain" in case else y
+            keep = case.get("keep", 0)
+            assert same(kept, y[:, :keep] if keep else None), case
+            assert same_codes(q, on_cpu(y[:, keep:], quantiser)), (case, quantiser)
+            # The reference's own rms differs in its last bits at most, and so do few codes.
+            want = reference.rmsnorm_quantise(x, eps=1e-5, **case, **quantiser)[1]
+            # Row 7 is all ties, which any other rms breaks.
+            apart = (q.codes.cpu().int() - want.codes.int()).abs()[ordinary]
+            few = apart[ordinary != 7]
+            assert apart.max() <= 1 and (few > 0).sum() <= max(5e-3 * few.numel(), 2), (case, quantiser)
+
+
+TRANSFORMS = [
+    *[(n, n, 1) for n in (2, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)],
+    *[(n, n, 1) for n in (28, 576, 1536, 5120, 12288, 13824, 14336, 18944, 28672)],
+    *[(4096, 32, 128), (3584, 28, 128), (864, 24, 36), (4096, 512, 4)],
+    *[(4096, 128, 1), (8192, 1024, 1), (13696, 128, 1)],
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "size", "inner"), TRANSFORMS)
+def test_hadamard(n: int, size: int, inner: int, dtype: torch.dtype) -> None:
+    from kernels.triton.hadamard_quantise import hadamard, hadamard_quantise, unsupported_transform
+
+    if reason := unsupported_transform(n, size, inner, dtype):
+        assert (n, dtype) == (18944, torch.float32), reason
+        return
+    x = random(9, n, seed=n, dtype=dtype)
+    x[1] = 0.0
+    x[2, n // 2] = 300.0
+    y = hadamard(x.cuda(), size=size, inner=inner).cpu()
+    exact = reference.online_hadamard(x.double(), size, inner)
+    own = (reference.online_hadamard(x, size, inner).double() - exact).abs()
+    error = (y.double() - exact).abs()
+    # The result's own rounding, and of the largest number in the row what two terms of 17 bits lose, or in
+    # float32 the sums.
+    lost = (2.0**-19 if dtype == torch.float32 else 2.0**-17) * exact.abs().amax(-1, keepdim=True)
+    assert bool((error <= HALF_UNIT[dtype] * exact.abs() + lost).all())
+    if dtype != torch.float32:
+        assert float(error.max()) <= 1.125 * float(own.max())
+    for quantiser in (*QUANTISERS[:2], QUANTISERS[3]):
+        for bits, keep in ((4, 0), (8, min(n // 2, 64)), (4, 1)):
+            every: Any = {"bits": bits, **quantiser}
+            kept, q = hadamard_quantise(x.cuda(), size=size, inner=inner, keep=keep, **every)
+            # The codes are exactly those of the transform alone.
+            assert same(kept, y[:, :keep] if keep else None)
+            assert same_codes(q, on_cpu(y[:, keep:], every)), every
+            if not quantiser["symmetric"]:  # a zero-point beside another moves all codes of a row
+                continue
+            want = reference.hadamard_quantise(x, size=size, inner=inner, keep=keep, **every)[1]
+            apart = (q.codes.cpu().int() - want.codes.int()).abs()
+            share = 5e-3 if bits == 4 else 3e-2
+            assert apart.max() <= 1 and int((apart > 0).sum()) <= max(share * apart.numel(), 2), every
+
+
+CHOICES = [
+    *[(14336, {}), (14336, {"stages": 2}), (14336, {"stages": 3, "programs": 1})],
+    *[(14336, {"height": 64}), (14336, {"height": 64, "programs": 3})],
+    *[(4096, {}), (4096, {"programs": 5}), (4096, {"programs": 5, "stages": 1}), (8192, {"stages": 3})],
+    (28672, {"stages": 1}),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "fields"), CHOICES)
+def test_choices_of_hadamard(n: int, fields: dict[str, int], dtype: torch.dtype) -> None:
+    """Each is as close to float64 as another, its codes are its transform's, and NaN stays in its row."""
+    from kernels.triton.hadamard_quantise import Choice, hadamard, hadamard_quantise
+
+    choice = Choice(**fields)
+    if dtype == torch.float32 and fields.get("programs", 0) + fields.get("stages", 0) > 1:
+        return  # its three terms take the shared memory of several rows
+    x = random(700, n, seed=n, dtype=dtype)
+    x[1] = 0.0
+    x[3, 5], x[600, n - 1] = float("nan"), float("inf")
+    # Also rows that start between multiples of four bytes.
+    for rows in (x.cuda(), torch.cat([x[:, :1], x], dim=1).cuda()[:, 1:]):
+        y = hadamard(rows, size=n, choice=choice).cpu()
+        good = torch.ones(len(x), dtype=torch.bool)
+        good[[3, 600]] = False
+        exact = reference.online_hadamard(x[good][:20].double(), n)
+        lost = (2.0**-19 if dtype == torch.float32 else 2.0**-17) * exact.abs().amax(-1, keepdim=True)
+        assert bool(((y[good][:20].double() - exact).abs() <= HALF_UNIT[dtype] * exact.abs() + lost).all())
+        assert bool(y[good].isfinite().all()) and not bool(y[[3, 600]].isfinite().any())
+        q = hadamard_quantise(rows, size=n, choice=choice, bits=4, symmetric=True)[1]
+        assert same_codes(q, reference.quantise(y, 4, symmetric=True))
+        small = rows[:20] * 1e-38  # bfloat16 and float32 are subnormal here, and so is the scale
+        q = hadamard_quantise(small, size=n, choice=choice, bits=4, symmetric=True)[1]
+        assert same_codes(q, on_cpu(hadamard(small, size=n, choice=choice), {"bits": 4, "symmetric": True}))
+        static: Any = {"bits": 4, "symmetric": True, "scale": torch.tensor(1e-30)}
+        there = {**static, "scale": static["scale"].cuda()}
+        q = hadamard_quantise(rows[:20] * 1e-30, size=n, choice=choice, **there)[1]
+        assert same_codes(q, on_cpu(hadamard(rows[:20] * 1e-30, size=n, choice=choice), static))
+
+
+def test_a_choice_that_registers_do_not_hold_is_refused() -> None:
+    from kernels.triton.hadamard_quantise import Choice, hadamard
+
+    x = torch.zeros(1, 14336, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(ValueError, match=r"5 programs of 8 warps .* 48 registers, .* 90 at least"):
+        hadamard(x, size=14336, choice=Choice(programs=5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "size", "inner"), [(4096, 4096, 1), (14336, 14336, 1), (4096, 32, 128)])
+def test_poisoned_rows_stay_alone(n: int, size: int, inner: int, dtype: torch.dtype) -> None:
+    from kernels.triton.hadamard_quantise import hadamard_quantise
+
+    x = random(8, n, dtype=dtype)
+    clean = hadamard_quantise(x.cuda(), size=size, inner=inner, bits=4, symmetric=True)[1]
+    x[2, 77], x[5, n - 1], x[6, 0] = float("nan"), float("inf"), -float("inf")
+    q = hadamard_quantise(x.cuda(), size=size, inner=inner, bits=4, symmetric=True)[1]
+    bad = torch.tensor([2, 5, 6])
+    assert not q.scale.cpu()[bad].isfinite().any()
+    assert not q.codes.cpu()[bad].any()
+    good = torch.tensor([0, 1, 3, 4, 7])
+    assert torch.equal(q.codes.cpu()[good], clean.codes.cpu()[good])
+    assert torch.equal(q.scale.cpu()[good], clean.scale.cpu()[good])
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 300, 2049])
+def test_two_runs_and_a_graph_give_the_same_bits(rows: int, overlapped: bool) -> None:
+    """Also where each launch may begin before the one in front of it, which writes its input, has ended."""
+    from kernels.triton.hadamard_quantise import hadamard_quantise
+    from kernels.triton.quantise import quantise
+    from kernels.triton.rmsnorm_quantise import rmsnorm_quantise
+
+    x = random(rows, 4096, dtype=torch.bfloat16).cuda()
+    source = x.clone()
+    quantiser: Any = {"bits": 4, "symmetric": True}
+
+    def run() -> list[Tensor]:
+        torch.mul(source, 1.0, out=x)
+        parts = (
+            hadamard_quantise(x, size=4096, overlapped=overlapped, **quantiser)[1],
+            rmsnorm_quantise(x, eps=1e-5, overlapped=overlapped, **quantiser)[1],
+            quantise(x, overlapped=overlapped, **quantiser),
+        )
+        return [tensor for q in parts for tensor in (q.codes, q.scale)]
+
+    first = [tensor.clone() for tensor in run()]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(3):
+        x.zero_()
+        for tensor in captured:
+            tensor.fill_(-1)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(first, captured, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+def test_rows_far_into_memory() -> None:
+    """Offsets beyond 2^31 elements."""
+    from kernels.triton.hadamard_quantise import hadamard_quantise
+    from kernels.triton.quantise import quantise
+
+    n = 14336
+    rows = 2**31 // n + 3
+    x = torch.zeros(rows, n, dtype=torch.bfloat16, device="cuda")
+    x[-1] = random(n, dtype=torch.bfloat16).cuda()
+    q = quantise(x, 4, symmetric=True)
+    assert same(q.codes[-1], reference.quantise(x[-1].cpu(), 4, symmetric=True).codes)
+    h = hadamard_quantise(x, size=n, bits=4, symmetric=True)[1]
+    assert same(h.codes[-1], hadamard_quantise(x[-1], size=n, bits=4, symmetric=True)[1].codes)

@@ -1,0 +1,266 @@
+"""The Triton kernels compiled for sm_90, on any machine: nothing spills, the instructions that were meant are
+there, and the numbers on record are those found. Small kernels and hand-written code test the instrument."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kernels import compiled, ops
+
+if (reason := ops.unfit_triton()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET"):
+    pytest.skip("triton interprets its kernels here", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from kernels.compiled import Compilation, Facts
+from kernels.sass import largest_loop, parse_sass
+
+RECORD = Path(__file__).resolve().parents[2] / "results" / "reference" / "kernels-sm90.json"
+RECORDED: dict[str, Any] = (
+    json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {"triton": {}}
+)
+NAMES = sorted({name for entry in RECORDED["triton"].values() for name in entry["kernels"]})
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Facts]:
+    """The facts of every compilation; each is compiled once for all tests of this file."""
+    return compiled.measure(compiled.compilations(), processes=2)
+
+
+def test_the_record_holds_exactly_the_compilations_that_are_listed() -> None:
+    assert sorted(compiled.compilations()) == NAMES
+    for version, entry in RECORDED["triton"].items():
+        assert sorted(entry["kernels"]) == NAMES, version
+    assert {name.split(" ")[0] for name in NAMES} >= {"linear_few", "linear_many", "linear_a16"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_kernel_fits_and_is_made_of_what_was_meant(found: dict[str, Facts], name: str) -> None:
+    facts = found[name]
+    assert facts.spill_loads == facts.spill_stores == facts.stack == 0
+    assert facts.registers <= compiled.MAX_REGISTERS
+    assert facts.shared <= compiled.MAX_SHARED
+    assert facts.missing == ()
+    assert facts.loop <= facts.instructions
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_numbers_on_record_are_those_found(found: dict[str, Facts], name: str) -> None:
+    entry = RECORDED["triton"].get(triton.__version__)
+    if entry is None:
+        pytest.skip(f"nothing is on record for triton {triton.__version__}")
+    now = compiled.record({name: found[name]})["triton"][triton.__version__]["kernels"][name]
+    assert now == entry["kernels"][name], "record it: python -m kernels.compiled --out " + RECORD.name
+
+
+@triton.jit
+def _product(x, y, out, m, n, k, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    rows = tl.program_id(0) * 64 + tl.arange(0, 64)
+    columns = tl.program_id(1) * 128 + tl.arange(0, 128)
+    total = tl.zeros((64, 128), tl.int32)
+    for start in range(0, k, STEP):
+        inputs = start + tl.arange(0, STEP)
+        a = tl.load(x + rows[:, None] * k + inputs[None, :])
+        b = tl.load(y + columns[None, :] * k + inputs[:, None])
+        total = tl.dot(a, b, total, out_dtype=tl.int32)
+    tl.store(out + rows[:, None] * n + columns[None, :], total)
+
+
+@triton.jit
+def _many_live(x, out, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, SIZE)
+    values = tl.load(x + at)
+    tl.store(out + at, tl.sort(values))
+
+
+@gluon.jit
+def _doubled(x, out):  # type: ignore[no-untyped-def]
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    at = gl.arange(0, 512, layout=layout)
+    gl.store(out + at, 2 * gl.load(x + at))
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+SIGNATURE = {"x": "*i8", "y": "*i8", "out": "*i32", "m": "i32", "n": "i32", "k": "i32"}
+
+
+def product(expect: tuple[str, ...] = (), **options: int) -> Compilation:
+    attrs = compiled.divisible(_product, SIGNATURE, "n", "k")
+    return Compilation(
+        "product", _product, SIGNATURE, {"STEP": 128}, {"num_warps": 4, **options}, attrs, expect
+    )
+
+
+class TestInstrument:
+    """On kernels of this file."""
+
+    def test_facts_of_a_matrix_product(self) -> None:
+        facts = compiled.facts(product(("IGMMA.64x128x32.S8.S8", "LDGSTS.E"), num_stages=3))
+        assert facts.missing == () and facts.spill_loads == facts.spill_stores == facts.stack == 0
+        assert facts.mnemonics["IGMMA"] % 4 == 0  # 128 inputs a step, 32 an instruction
+        assert facts.shared == 3 * (64 + 128) * 128
+        assert 4 < facts.loop < facts.instructions and facts.registers <= 255
+        assert compiled.facts(product(("HGMMA", "IGMMA"))).missing == ("HGMMA",)
+
+    def test_a_launch_compiles_what_its_arguments_would(self) -> None:
+        arguments = (meta(100, 4096), meta(256, 4096), meta(100, 256, dtype=torch.int32), 100, 256, 4096)
+        launched = compiled.launch("product", _product, *arguments, STEP=128, num_warps=4)
+        assert {name: kind for name, kind in launched.signature.items() if kind != "constexpr"} == SIGNATURE
+        assert launched.constexprs == {"STEP": 128}
+        assert compiled.facts(launched) == compiled.facts(product())
+
+    def test_what_the_launcher_knows_of_alignment_changes_the_code(self) -> None:
+        unaligned = Compilation("product", _product, SIGNATURE, {"STEP": 128}, {"num_warps": 4})
+        aligned = compiled.facts(product())
+        assert compiled.facts(unaligned).mnemonics != aligned.mnemonics
+
+    def test_spills_are_seen(self) -> None:
+        facts = compiled.facts(
+            Compilation(
+                "sort",
+                _many_live,
+                {"x": "*i32", "out": "*i32"},
+                {"SIZE": 1024},
+                {"num_warps": 1, "maxnreg": 32},
+            )
+        )
+        assert facts.spill_stores > 0 and facts.spill_loads > 0 and facts.registers <= 32
+
+    def test_gluon_kernels_compile(self) -> None:
+        facts = compiled.facts(
+            Compilation(
+                "doubled", _doubled, {"x": "*fp32", "out": "*fp32"}, {}, expect=("LDG.E.128", "STG.E.128")
+            )
+        )
+        assert facts.missing == () and facts.mnemonics["LDG"] == 1 and facts.loop == 0
+
+    @pytest.mark.parametrize(
+        ("signature", "constexprs", "message"),
+        [
+            ({name: SIGNATURE[name] for name in "xy"}, {"STEP": 64}, "out has neither a type nor a value"),
+            (SIGNATURE, {}, "STEP has neither"),
+            (SIGNATURE | {"z": "i32"}, {"STEP": 64}, "no argument z"),
+        ],
+    )
+    def test_a_signature_that_does_not_fit_is_refused(
+        self, signature: dict[str, str], constexprs: dict[str, int], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            compiled.facts(Compilation("product", _product, signature, constexprs))
+
+
+def test_an_interpreted_kernel_is_not_compiled() -> None:
+    with pytest.raises(ValueError, match="unset TRITON_INTERPRET"):
+        compiled.facts(Compilation("product", object(), {}, {}))
+
+
+def sass(*lines: str) -> str:
+    """As nvdisasm writes it: labels at the margin, instructions behind their addresses."""
+    text, address = [], 0
+    for line in lines:
+        if line.endswith(":"):
+            text.append(line)
+        else:
+            text.append(f"        /*{address:04x}*/                   {line} ;")
+            address += 16
+    return "\n".join([*text, ".L_x_9:", f"        /*{address:04x}*/  BRA `(.L_x_9);", "  /*fff0*/  NOP;"])
+
+
+def body(count: int) -> list[str]:
+    return ["IMAD R0, R0, R0, RZ"] * count
+
+
+@pytest.mark.parametrize(
+    ("lines", "loop", "instructions"),
+    [
+        ([*body(3), "EXIT"], 0, 4),
+        ([*body(3), ".L_x_0:", *body(20), "@!P0 BRA `(.L_x_0)", "EXIT"], 21, 25),
+        # An outer loop of 20 + 21 + 1 + 5 around an inner one: the inner counts.
+        (
+            [
+                ".L_x_0:",
+                *body(20),
+                ".L_x_1:",
+                *body(20),
+                "@P1 BRA `(.L_x_1)",
+                *body(5),
+                "@P0 BRA.U `(.L_x_0)",
+            ],
+            *(21, 47),
+        ),
+        # A wait inside a loop is no loop.
+        (
+            [".L_x_0:", *body(30), ".L_x_1:", "SYNCS R0, [R1]", "@!P1 BRA `(.L_x_1)", "@P0 BRA `(.L_x_0)"],
+            *(33, 33),
+        ),
+        # A part of the loop stands behind the end, and jumps back into it.
+        (
+            [
+                *(
+                    ".L_x_0:",
+                    *body(20),
+                    "@P1 BRA `(.L_x_2)",
+                    ".L_x_1:",
+                    *body(2),
+                    "@P0 BRA `(.L_x_0)",
+                    "EXIT",
+                ),
+                *(".L_x_2:", *body(10), "BRA `(.L_x_1)"),
+            ],
+            *(35, 36),
+        ),
+        # Jumps back without a loop: to code that is reached around the one who jumps.
+        ([*body(2), "@P0 BRA `(.L_x_1)", ".L_x_0:", *body(40), "EXIT", ".L_x_1:", "BRA `(.L_x_0)"], 0, 45),
+    ],
+)
+def test_the_largest_innermost_loop_is_found(lines: list[str], loop: int, instructions: int) -> None:
+    code = parse_sass(sass(*lines))
+    assert len(code) == instructions
+    assert largest_loop(code) == loop
+
+
+def facts_of(registers: int) -> Facts:
+    return Facts(registers, 0, 0, 0, 1024, 100, 50, {"IGMMA": 4, "LOP3": 9})
+
+
+def test_a_record_keeps_other_versions_of_triton_for_the_same_code_alone() -> None:
+    old = compiled.record({"b": facts_of(10), "a": facts_of(20)})
+    entry = old["triton"][triton.__version__]
+    assert list(entry["kernels"]) == ["a", "b"] and "missing" not in entry["kernels"]["a"]
+    others = {"0.1": entry, "0.2": entry | {"code": "another"}}
+    new = compiled.record({"a": facts_of(30)}, {"arch": "sm_90", "triton": others | old["triton"]})
+    assert list(new["triton"]) == ["0.1", triton.__version__]
+    assert new["triton"]["0.1"] == entry
+    assert new["triton"][triton.__version__]["kernels"] == {"a": entry["kernels"]["a"] | {"registers": 30}}
+
+
+def test_the_table_names_what_matters() -> None:
+    lines = compiled.table({"linear_few a": facts_of(10)}).splitlines()
+    assert lines[2] == "| linear_few a | 10 | 0 | 1024 | 100 | 50 | 4 IGMMA |"
+
+
+def test_nothing_here_needs_triton_until_it_compiles() -> None:
+    code = "import sys; import kernels.compiled, kernels.ops, kernels.tune, kernels.support; "
+    code += "assert 'triton' not in sys.modules, 'imported'"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=RECORD.parents[2]
+    )
+    assert done.returncode == 0, re.sub(r"\s+", " ", done.stderr)

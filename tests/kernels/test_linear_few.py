@@ -1,0 +1,94 @@
+"""The linears for few rows, as far as no GPU is needed: what they refuse, and what may be chosen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.reference import PackedWeight, Quantised, pack_weight, quantise
+
+pytest.importorskip("triton", reason="needs triton")
+
+from kernels.triton import linear_a16, linear_few
+
+
+def weight(outputs: int = 24, inputs: int = 512, group: int | None = None, bits: int = 4) -> PackedWeight:
+    q = quantise(torch.randn(outputs, inputs), bits, symmetric=True, group=group)
+    return pack_weight(q.codes, q.scale, None, bits)
+
+
+def codes(rows: int = 3, inputs: int = 512) -> Quantised:
+    return quantise(torch.randn(rows, inputs), 8, symmetric=True)
+
+
+def floats(rows: int = 3, inputs: int = 512, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(rows, inputs, dtype=dtype)
+
+
+KEPT = torch.zeros(3, 16, dtype=torch.bfloat16)
+UNSIGNED = pack_weight(torch.zeros(24, 512, dtype=torch.uint8), torch.ones(24, 1), torch.ones(24, 1), 4)
+ALONG_OUTPUTS = pack_weight(torch.zeros(24, 512, dtype=torch.int8), torch.ones(2, 512), None, 4, axis=0)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "others", "phrase"),
+    [
+        (codes(), weight(), {}, None),
+        (codes(64), weight(), {}, None),
+        (codes(65), weight(), {}, "65 rows"),
+        (codes(inputs=48), weight(inputs=48), {}, "K = 48 is no multiple of 32"),
+        (codes(inputs=96), weight(), {}, "an input of 96 channels for a weight of 512"),
+        (codes(), weight(bits=3), {}, "3-bit weights"),
+        (codes(), weight(group=128), {}, "groups of weights"),
+        (codes(), UNSIGNED, {}, "zero-points"),
+        (quantise(torch.randn(3, 512), 8, symmetric=False), weight(), {}, "zero-points"),
+        (quantise(torch.randn(3, 512), 8, symmetric=True, group=64), weight(), {}, "groups of inputs"),
+        (codes(), weight(), {"dtype": torch.float64}, r"results of torch\.float64"),
+        (codes(), weight(), {"x_keep": KEPT, "w_keep": KEPT.new_zeros(24, 16)}, None),
+        (codes(), weight(), {"x_keep": KEPT, "w_keep": KEPT.new_zeros(24, 8)}, "kept weights"),
+        (codes(), weight(), {"x_keep": KEPT}, "kept channels without their weights"),
+        (codes(), weight(), {"x_keep": KEPT.float(), "w_keep": torch.zeros(24, 16)}, "kept channels of"),
+        (floats(), weight(), {}, None),
+        (floats(), weight(group=128), {}, None),
+        (floats(), UNSIGNED, {}, None),
+        (floats(dtype=torch.float32), weight(), {}, r"inputs of torch\.float32"),
+        (floats(), weight(group=32), {}, "groups of 32"),
+        (floats(inputs=384), weight(inputs=384, group=128), {}, "divide K / 2 = 192"),
+        (floats(), ALONG_OUTPUTS, {}, "groups along axis 0"),
+        (floats(100), weight(), {}, "100 rows"),
+        (floats(), weight(), {"x_keep": KEPT, "w_keep": KEPT.new_zeros(24, 16)}, "kept channels"),
+    ],
+)
+def test_what_is_refused_is_named(
+    x: Any, w: PackedWeight, others: dict[str, Any], phrase: str | None
+) -> None:
+    module: Any = linear_few if isinstance(x, Quantised) else linear_a16
+    others = {"dtype": torch.bfloat16, **others}
+    reason = module.unsupported(x, w, **others)
+    if phrase is None:
+        assert reason is None
+        return
+    with pytest.raises(ValueError, match=phrase):
+        module.linear(x, w, **others)
+
+
+def test_scales_of_another_type_are_refused() -> None:
+    double = replace(weight(), scale=torch.ones(24, 1, dtype=torch.float64))
+    assert "float64" in str(linear_few.unsupported(codes(), double, dtype=torch.float32))
+    assert "float64" in str(linear_a16.unsupported(floats(), double, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("inputs", [576, 1536, 4096, 14336])
+def test_candidates_are_as_many_as_can_be_tried_and_fit(rows: int, inputs: int) -> None:
+    for module in (linear_few, linear_a16):
+        choices: Any = module.candidates(rows, 4096, inputs)
+        assert len(choices) <= 24 and len(set(choices)) == len(choices)
+        for choice in choices:
+            pieces = -(-inputs // 2 // (getattr(choice, "piece", 64) * choice.warps))
+            assert 1 <= choice.ahead <= pieces and 1 <= choice.x_ahead <= pieces
+            shared = 4 * choice.warps * min(choice.outputs, 64) * max(8, rows)
+            assert shared <= 227 * 1024
