@@ -20,7 +20,7 @@ from methods.method import Plan
 from methods.pipeline import Pipeline
 
 HASH_DIGITS = 16
-"""Of a SHA-256, as much as names a table of tuning choices in a record."""
+"""How much of a SHA-256 names a table of tuning choices in a record."""
 
 
 def execution_of(pipeline: Pipeline, grid: GridConfig) -> str:

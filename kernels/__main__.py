@@ -9,7 +9,7 @@ from kernels.support import table
 def main() -> int:
     """The command."""
     if (reason := unfit_triton()) is not None:
-        print(f"quantgrid: {reason}: pip install 'quantgrid[gpu]'", file=sys.stderr)
+        print(f"quantgrid: {reason}: pip install --no-deps 'triton==3.6.*'", file=sys.stderr)
         return 2
     print(table())
     return 0

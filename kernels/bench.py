@@ -31,6 +31,9 @@ from kernels.timing import Limits, Timing, Work, duration, interleaved, measure_
 LEAST_SECONDS = 0.01
 TOKENS = (1, 256)
 TURNS, GPU_TURNS = 5, 10
+CONTEXT = 2048
+# Options that mean nothing elsewhere.
+ON_A_CPU, ON_A_GPU = ("context", "threads"), ("layers", "by", "prepare", "commit")
 NOTE = """\
 x first: the median over turns of the time as a multiple of the first implementation's in the same turn. \
 x floor below 1: the operands stayed in a cache."""
@@ -138,9 +141,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"rows of x (default: {list_of(TOKENS)}; on a GPU {list_of(gpu_contests.ROWS)})",
     )
-    result.add_argument("--context", type=int, metavar="N", default=2048, help="positions in the KV cache")
+    result.add_argument(
+        "--context", type=int, metavar="N", help=f"positions in the KV cache, on a CPU (default: {CONTEXT})"
+    )
     result.add_argument("--repeat", type=int, metavar="N", help="turns (default: 5; on a GPU 10)")
-    result.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    result.add_argument("--threads", type=int, metavar="N", help="CPU threads, on a CPU")
     result.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     result.add_argument("--out", type=Path, metavar="FILE", help="also write everything as JSON")
     gpu = result.add_argument_group("on a GPU")
@@ -149,12 +154,9 @@ def parser() -> argparse.ArgumentParser:
         "--by",
         nargs="+",
         metavar="PACKAGE",
-        default=list(gpu_bench.BY),
         help=f"who takes part beside cuBLAS (default: {', '.join(gpu_bench.BY)})",
     )
-    gpu.add_argument(
-        "--prepare", type=int, metavar="N", default=0, help="compile everything first, in N processes"
-    )
+    gpu.add_argument("--prepare", type=int, metavar="N", help="compile everything first, in N processes")
     gpu.add_argument("--commit", help="the commit of these sources, where they are not in git")
     return result
 
@@ -170,16 +172,19 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     for kind, given, known in (
         ("shape", arguments.shapes, list(SHAPES)),
         ("operation", arguments.operations or [], operations),
-        ("package", arguments.by, list(gpu_bench.BY)),
+        ("package", arguments.by or [], list(gpu_bench.BY)),
     ):
         for name in given:
             if name not in known:
                 raise ValueError(f"{kind} {name!r}: choose among {', '.join(known)}")
+    for name in ON_A_CPU if on_gpu else ON_A_GPU:
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name}: only {'on a CPU' if on_gpu else 'with --device cuda'}")
     for name in ("tokens", "context", "repeat", "threads"):
         value = getattr(arguments, name)
         if value is not None and min(value if isinstance(value, list) else [value]) < 1:
             raise ValueError(f"--{name}: give at least 1")
-    if arguments.prepare < 0:
+    if (arguments.prepare or 0) < 0:
         raise ValueError("--prepare: give a number of processes, or 0")
     device = _device(arguments.device)
     if arguments.threads is not None:
@@ -191,9 +196,9 @@ def run(arguments: argparse.Namespace, command: str) -> None:
             operations,
             arguments.layers,
             arguments.tokens,
-            arguments.by,
+            arguments.by or gpu_bench.BY,
             arguments.repeat or GPU_TURNS,
-            arguments.prepare,
+            arguments.prepare or 0,
             arguments.commit,
             arguments.out,
         )
@@ -206,7 +211,7 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     print("; ".join(f"{name} {value}" for name, value in about.items()))
     print(f"limits: {limits.bytes_per_second / 1e9:.1f} GB/s; multiply-adds: ", end="")
     print(", ".join(f"{name} {rate / 1e9:.0f} G/s" for name, rate in rates.items()), end="\n\n")
-    given = (arguments.shapes, operations, tokens, arguments.context, turns)
+    given = (arguments.shapes, operations, tokens, arguments.context or CONTEXT, turns)
     results = list(measure(*given, limits, device))
     print(markdown(results, turns))
     if arguments.out is not None:

@@ -235,10 +235,14 @@ def triton_version() -> str | None:
     return version
 
 
-def record(found: Mapping[str, Facts], previous: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def record(
+    found: Mapping[str, Facts], previous: Mapping[str, Any] | None = None, partial: bool = False
+) -> dict[str, Any]:
     """What is kept of the facts: {"arch", "triton": {version: {"code", "kernels": {name: facts}}}}.
 
     previous: an earlier record, of which the other versions of triton stay that compiled the same code.
+    partial: `found` is not all there is, so what `previous` has of this version stays beside it; raises
+    ValueError where that is of other code.
     """
     kept = {name: asdict(value) for name, value in sorted(found.items())}
     for value in kept.values():
@@ -246,8 +250,24 @@ def record(found: Mapping[str, Facts], previous: Mapping[str, Any] | None = None
     code = code_sha256()
     others = previous["triton"] if previous else {}
     versions = {version: entry for version, entry in others.items() if entry["code"] == code}
-    versions[triton_version()] = {"code": code, "kernels": kept}
+    if partial:
+        if others and triton_version() not in versions:
+            raise ValueError("the record is of other code or another triton: compile all, without --only")
+        kept = (versions[triton_version()]["kernels"] if others else {}) | kept
+    versions[triton_version()] = {"code": code, "kernels": dict(sorted(kept.items()))}
     return {"arch": f"sm_{ARCH}", "triton": dict(sorted(versions.items()))}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record that `record` made. Raises ValueError for another file, OSError where it cannot be read."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for entry in found["triton"].values():
+            if not isinstance(entry["code"], str) or not isinstance(entry["kernels"], dict):
+                raise TypeError("no code or no kernels")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no record of compilations: {error!r}") from None
+    return found
 
 
 def code_sha256() -> str:
@@ -281,23 +301,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(argv)
     if triton_version() is None:
-        print("quantgrid: triton is not installed: pip install 'quantgrid[gpu]'", file=sys.stderr)
+        print("quantgrid: triton is not installed: pip install --no-deps 'triton==3.6.*'", file=sys.stderr)
         return 2
     try:
-        found = measure([name for name in compilations() if options.only in name], options.processes)
+        previous = read_record(options.out) if options.out is not None and options.out.exists() else None
+        names = [name for name in compilations() if options.only in name]
+        if not names:
+            raise ValueError(f"--only {options.only}: no compilation has such a name")
+        found = measure(names, options.processes)
     except RuntimeError as error:
         print(f"quantgrid: {error}", file=sys.stderr)
         return 1
+    except (ValueError, OSError) as error:
+        print(f"quantgrid: {error}", file=sys.stderr)
+        return 2
     print(table(found))
     for name, f in found.items():
         if f.missing:
             print(f"quantgrid: {name}: no {', '.join(f.missing)}", file=sys.stderr)
     if options.out is not None:
-        previous = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else None
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(record(found, previous), indent=1)
-        options.out.write_text(text + "\n", encoding="utf-8")
-    return 0
+        try:
+            text = json.dumps(record(found, previous, partial=bool(options.only)), indent=1)
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(text + "\n", encoding="utf-8")
+        except (ValueError, OSError) as error:
+            print(f"quantgrid: {error}", file=sys.stderr)
+            return 2
+    return 1 if any(f.missing for f in found.values()) else 0
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@ known.
 
 What is written: seconds of every turn, and beside them what they are judged by, namely the floor (the limits
 are measured in the same run), the time of the first contestant in the same turns, and the machine's state
-before and after. A contestant that cannot run is a row with the reason.
+before and after. Behind the last replay what it left is compared with the results of plain calls. A
+contestant that cannot run, or whose results are wrong, is a row with the reason.
 """
 
 import gc
@@ -25,21 +26,24 @@ import torch
 
 from kernels import peers, tuning
 from kernels.contests import SHAPES
-from kernels.gpu_contests import LINEARS, ROWS, GpuContest, Made, fused, linears, one_line
+from kernels.gpu_contests import LINEARS, ROWS, GpuContest, Made, chains, linears, one_line
+from kernels.gpu_passes import fused
 from kernels.timing import (
     ROTATED_L2,
     Limits,
     Replay,
     Timing,
     Work,
+    differs,
     duration,
     measure_gpu_limits,
     recorded,
     replayed,
 )
 
+HERE = Path(__file__).resolve().parent
 LEAST_SECONDS = 0.001
-OPERATIONS = {"w4a8": "linear", "w4a16": "linear", "quantise": "", "rmsnorm": "", "hadamard": ""}
+OPERATIONS = ("w4a8", "w4a16", "chain", "quantise", "rmsnorm", "hadamard")
 BY = ("ours", "torch", "humming", "gemlite", "bitsandbytes", "mslk", "fast-hadamard-transform")
 STATE = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,pstate"
 
@@ -49,7 +53,7 @@ class Row:
     """A contestant in one contest. seconds: of one call, by turn. speed: the first contestant's time as a
     multiple of this one's, the median over turns. of_floor: the floor's share of the time. rotated: whether a
     pass over the `sets` of operands moves ROTATED_L2 times what L2 holds. eager: launched by the host, not as
-    a graph. reason: why it did not run; what is then unknown is None."""
+    a graph. reason: why it did not run or does not count; what is then unknown is None."""
 
     shape: str
     operation: str
@@ -77,21 +81,22 @@ Unit = tuple[str, str, str]
 
 
 def units(shapes: Sequence[str], operations: Sequence[str], layers: Sequence[str] | None) -> list[Unit]:
-    """What is asked for, in the order in which it runs: the widest shape first, and the passes in front of
-    linears at that one alone."""
+    """What is asked for, in the order in which it runs: the widest shape first, and chains and the passes in
+    front of linears at that one alone."""
     found: list[Unit] = []
     ordered = sorted(shapes, key=lambda shape: SHAPES[shape].hidden, reverse=True)
     for shape in ordered:
         for operation in operations:
-            if OPERATIONS[operation] == "linear":
+            if operation in LINEARS:
                 found += [(shape, operation, name) for name in SHAPES[shape].linears()]
-    passes = {
+    others = {
+        "chain": ("o", "up, down"),
         "quantise": ("hidden", "intermediate"),
         "rmsnorm": ("hidden",),
         "hadamard": ("heads", "hidden", "intermediate"),
     }
     for operation in operations:
-        found += [(ordered[0], operation, name) for name in passes.get(operation, ())]
+        found += [(ordered[0], operation, name) for name in others.get(operation, ())]
     return [unit for unit in found if layers is None or unit[2] in layers]
 
 
@@ -103,6 +108,11 @@ def contests(
     if operation in LINEARS:
         n, k = shape.linears()[layer]
         return linears(operation, layer, n, k, rows, by, l2, device)
+    if operation == "chain":
+        weights = [shape.linears()["o"]]
+        if layer == "up, down":  # an MLP without its gate
+            weights = [(shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)]
+        return chains(layer, weights, rows, by, l2, device)
     name = operation if operation == "quantise" else f"{operation} + quantise"
     width = shape.intermediate if layer == "intermediate" else shape.hidden
     inner = shape.head_dim if layer == "heads" else 1
@@ -123,6 +133,14 @@ def timed(
         except Exception as error:  # noqa: BLE001 - other people's code; the row says what it raised
             reasons[name] = one_line(error)
     timings = replayed(replays, turns, LEAST_SECONDS)
+    for name, replay in replays.items():
+        try:
+            if differs(replay, made[name].calls, made[name].exact):
+                reasons[name] = "its replayed result differs"
+        except Exception as error:  # noqa: BLE001 - as above
+            reasons[name] = one_line(error)
+        if name in reasons:
+            del timings[name]
     first = timings.get(next(iter(contest.entrants)))
     rows = []
     for name, (by, _) in contest.entrants.items():
@@ -207,7 +225,7 @@ def smi(fields: str, device: torch.device) -> dict[str, str]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return {}
-    asked = [program, f"--query-gpu={fields}", "--format=csv,noheader", "-i", str(device.index or 0)]
+    asked = [program, f"--query-gpu={fields}", "--format=csv,noheader", "-i", gpu_id(device)]
     try:
         answer = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -215,12 +233,21 @@ def smi(fields: str, device: torch.device) -> dict[str, str]:
     return dict(zip(fields.split(","), (part.strip() for part in answer.split(",")), strict=False))
 
 
-def commit_here() -> str | None:
-    """The commit of these sources, None outside git."""
-    folder = Path(__file__).resolve().parent
-    try:
-        asked = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+def gpu_id(device: torch.device) -> str:
+    """nvidia-smi's name of a GPU, whose own order is not that of CUDA_VISIBLE_DEVICES."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return str(device.index or 0) if uuid is None else f"GPU-{uuid}"
+
+
+def commit_here(folder: Path = HERE) -> str | None:
+    """The commit of these sources, with "+changes" where they are not as committed; None outside git."""
+
+    def git(*arguments: str) -> str:
+        asked = ["git", "-C", str(folder), *arguments]
         return subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -274,6 +301,7 @@ def run(options: Options, command: str, code: dict[str, Any], device: torch.devi
             "measured": ceilings,
         },
         "turns": options.turns,
+        "replays_compared": True,
         "after": {},
     }
     print("; ".join(f"{name} {value}" for name, value in about.items()))

@@ -17,15 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import ops, reference
-from kernels.contests import EPS
+from kernels import ops, reference, tuning
 from kernels.peers import BASELINE, PEERS, Contestant, Linear, group_of, unchanged
 from kernels.reference import PackedWeight, pack_weight
-from kernels.timing import nbytes, sets_needed
+from kernels.timing import COMPARED_ROWS, nbytes, sets_needed
 
 ROWS = (1, 4, 16, 64, 1024, 4096, 8192)
 FEW_ROWS = 64
-COMPARED_ROWS = 32
 WRONG = 0.5
 """A relative error above which a result is no product of this weight in 4 bits (which is about 0.2)."""
 
@@ -34,13 +32,14 @@ WRONG = 0.5
 class Made:
     """A contestant with its operands: one call for each set of them. bytes: what a call must move, once each.
     rotated: bytes that a pass over all sets touches. error: relative, against the bf16 weight's product, None
-    where the result is none."""
+    where the result is none. exact: whether the same operands give the same bits each time."""
 
     calls: Sequence[Callable[[], Any]]
     bytes: int
     rotated: int
     multiply_adds: dict[torch.dtype, int]
     error: float | None = None
+    exact: bool = False
 
 
 class NotPreparedError(Exception):
@@ -69,37 +68,50 @@ class GpuContest:
 
 
 def ours(
-    bits: int, *, inside: bool = False, at_rest: bool = False, few_rows: int = ops.FEW_ROWS
+    bits: int,
+    *,
+    inside: bool = False,
+    at_rest: bool = False,
+    few_rows: int = ops.FEW_ROWS,
+    tuned: bool = True,
 ) -> Callable[[Tensor, int], Linear]:
     """The integer linear. inside: a call begins with the quantiser of bf16 inputs. at_rest: a kernel may
-    fetch weights before the kernel in front has ended."""
+    fetch weights before the kernel in front has ended. tuned: by the table, else as a shape that it lacks."""
 
     def prepare(w: Tensor, l2: int) -> Linear:
+        n, k = w.shape
         q = reference.quantise(w, 4, symmetric=True)
         weights = _copies(pack_weight(q.codes, q.scale, None, 4), l2)
 
         def call(x: Any, number: int) -> Tensor:
             if inside:
-                x = _kernel("quantise")(x, bits, symmetric=True, overlapped=at_rest)
-            linear = _kernel("linear_few" if x.codes.shape[0] <= few_rows else "linear_many", "linear")
-            return linear(x, weights[number], dtype=torch.bfloat16, weights_at_rest=at_rest)
+                x = kernel("quantise")(x, bits, symmetric=True, overlapped=at_rest)
+            rows = x.codes.shape[0]
+            name = "linear_few" if rows <= few_rows else "linear_many"
+            choice = None if tuned else tuning.untuned(name, rows, n, k)
+            return kernel(name, "linear")(
+                x, weights[number], dtype=torch.bfloat16, weights_at_rest=at_rest, choice=choice
+            )
 
         inputs = unchanged if inside else partial(reference.quantise, bits=bits, symmetric=True)
-        return Linear(call, len(weights), nbytes(weights[0]), inputs, torch.int8)
+        return Linear(call, len(weights), nbytes(weights[0]), inputs, torch.int8, exact=True)
 
     return prepare
 
 
-def ours_a16(at_rest: bool) -> Callable[[Tensor, int], Linear]:
+def ours_a16(at_rest: bool = False, tuned: bool = True) -> Callable[[Tensor, int], Linear]:
     """The weight-only linear in groups."""
 
     def prepare(w: Tensor, l2: int) -> Linear:
-        q = reference.quantise(w, 4, symmetric=True, group=group_of(w.shape[1]))
+        n, k = w.shape
+        q = reference.quantise(w, 4, symmetric=True, group=group_of(k))
         weights = _copies(pack_weight(q.codes, q.scale, None, 4), l2)
 
         def call(x: Tensor, number: int) -> Tensor:
-            linear = _kernel("linear_a16", "linear")
-            return linear(x, weights[number], dtype=torch.bfloat16, weights_at_rest=at_rest)
+            choice = None if tuned else tuning.untuned("linear_a16", x.shape[0], n, k)
+            return kernel("linear_a16", "linear")(
+                x, weights[number], dtype=torch.bfloat16, weights_at_rest=at_rest, choice=choice
+            )
 
         return Linear(call, len(weights), nbytes(weights[0]))
 
@@ -118,21 +130,38 @@ def _many(rows: int) -> bool:
     return rows > FEW_ROWS
 
 
+QUANTISED_AT_REST = Contestant(
+    "ours w4a8 + quantise, weights at rest", "ours", ours(8, inside=True, at_rest=True)
+)
+QUANTISED_PLAIN = Contestant("ours w4a8 + quantise, plain", "ours", ours(8, inside=True))
 OURS = {
     "w4a8": (
         Contestant("ours w4a8", "ours", ours(8)),
         Contestant("ours w4a8, weights at rest", "ours", ours(8, at_rest=True), _few),
         Contestant("ours w4a8, few-row kernel", "ours", ours(8, at_rest=True, few_rows=FEW_ROWS), _between),
-        Contestant("ours w4a8 + quantise", "ours", ours(8, inside=True, at_rest=True)),
+        Contestant("ours w4a8, default choice", "ours", ours(8, tuned=False)),
+        QUANTISED_AT_REST,
+        QUANTISED_PLAIN,
         Contestant("ours w4a4", "ours", ours(4), _many),
-        Contestant("ours w4a4 + quantise", "ours", ours(4, inside=True), _many),
+        Contestant(
+            "ours w4a4 + quantise, weights at rest", "ours", ours(4, inside=True, at_rest=True), _many
+        ),
+        Contestant("ours w4a4 + quantise, plain", "ours", ours(4, inside=True), _many),
     ),
     "w4a16": (
-        Contestant("ours w4a16", "ours", ours_a16(False)),
-        Contestant("ours w4a16, weights at rest", "ours", ours_a16(True), _few),
+        Contestant("ours w4a16", "ours", ours_a16()),
+        Contestant("ours w4a16, weights at rest", "ours", ours_a16(at_rest=True), _few),
+        Contestant("ours w4a16, default choice", "ours", ours_a16(tuned=False), _few),
     ),
 }
 LINEARS = {kind: (BASELINE, *OURS[kind], *PEERS[kind]) for kind in OURS}
+CHAIN = (
+    BASELINE,
+    QUANTISED_AT_REST,
+    QUANTISED_PLAIN,
+    *(each for each in PEERS["w4a8"] if each.name == "humming w4a8 + quantise"),
+)
+"""What takes bf16 and returns it, so that one can follow the other."""
 
 
 def linears(
@@ -187,105 +216,90 @@ def _made(linear: Linear, w: Tensor, rows: int, inputs: list[Tensor], l2: int) -
     result = calls[0]()
     error = None
     if linear.compared:
-        expected = F.linear(inputs[0][:COMPARED_ROWS], w).float()
-        error = float((result[:COMPARED_ROWS].float() - expected).norm() / expected.norm())
-        if not error < WRONG:
-            raise ArithmeticError(f"its result is wrong: a relative error of {error:.2g}")
+        error = _relative(result, F.linear(inputs[0][:COMPARED_ROWS], w))
     return Made(
         calls,
         linear.weight_bytes + nbytes(ready[0]) + nbytes(result),
         sets * (linear.weight_bytes + moving),
         {linear.dtype: rows * n * k},
         error,
+        linear.exact,
     )
 
 
-def fused(
-    operation: str,
+def chains(
     layer: str,
-    n: int,
-    inner: int,
+    weights: Sequence[tuple[int, int]],
     rows: Sequence[int],
     by: Sequence[str],
     l2: int,
     device: torch.device,
 ) -> Iterator[GpuContest]:
-    """A pass over rows of n values in bf16 beside a copy of as many bytes as it reads and writes. inner: as
-    in `reference.online_hadamard`."""
-    size = n // inner
-    ways: dict[str, dict[str, tuple[str, Callable[[Tensor], Any]]]] = {
-        "quantise": {
-            "ours a4": ("ours", lambda x: _kernel("quantise")(x, 4, symmetric=True)),
-            "ours a8": ("ours", lambda x: _kernel("quantise")(x, 8, symmetric=True)),
-            "humming a8": ("humming", lambda x: _humming_input(x, None)),
-        },
-        "rmsnorm + quantise": {
-            "ours a4": (
-                "ours",
-                lambda x: _kernel("rmsnorm_quantise")(x, eps=EPS, bits=4, symmetric=True),
-            ),
-            "F.rms_norm": ("torch", lambda x: F.rms_norm(x, (n,), None, EPS)),
-        },
-        "hadamard + quantise": {
-            "ours a4": (
-                "ours",
-                lambda x: _kernel("hadamard_quantise")(x, size=size, inner=inner, bits=4, symmetric=True),
-            ),
-        },
-    }
-    if inner == 1:
-        ways["hadamard + quantise"] |= {
-            "humming a8": ("humming", lambda x: _humming_input(x, n)),
-            "fast_hadamard_transform": (
-                "fast-hadamard-transform",
-                lambda x: importlib.import_module("fast_hadamard_transform").hadamard_transform(x, n**-0.5),
-            ),
-        }
+    """Linears in a row as a decoder runs them, each in front of the next: quantise, linear, quantise, linear.
+
+    weights: (outputs, inputs), where the outputs of one are the inputs of the next. Few rows alone: with many
+    the launches no longer matter.
+    """
+    rows = [count for count in rows if _few(count)]
+    if not rows:
+        return
+    made = [torch.randn(n, k, dtype=torch.bfloat16, device=device) / k**0.5 for n, k in weights]
+    prepared: dict[str, list[Linear] | str] = {}
+    taking_part = [each for each in CHAIN if each is BASELINE or each.by in by]
+    for contestant in taking_part:
+        try:
+            prepared[contestant.name] = [contestant.prepare(w, l2) for w in made]
+        except Exception as error:  # noqa: BLE001 - other people's code; the row says what it raised
+            prepared[contestant.name] = one_line(error)
     for count in rows:
-        # bf16 in; codes and a float32 scale for each row out; RMSNorm also returns its rms.
-        moved = count * (3 * n + (8 if operation == "rmsnorm + quantise" else 4))
-        sets = sets_needed(moved, l2)
-        entrants: dict[str, tuple[str, Callable[[], Made]]] = {
-            "copy of the same bytes": ("torch", partial(_copying, moved // 2, sets, device))
-        }
-        for name, (package, way) in ways[operation].items():
-            if package in by:
-                entrants[name] = (package, partial(_passing, way, count, n, sets, device))
-        entrants["kernel over the same bytes"] = ("torch", partial(_streaming, moved // 2, sets, device))
-        yield GpuContest(operation, layer, count, n, n, entrants)
+        x = torch.randn(count, weights[0][1], dtype=torch.bfloat16, device=device)
+
+        def ready(name: str, x: Tensor = x) -> Made:
+            found = prepared[name]
+            if isinstance(found, str):
+                raise NotPreparedError(found)
+            return _chained(found, made, x, l2)
+
+        entrants: dict[str, tuple[str, Callable[[], Made]]] = {}
+        for each in taking_part:
+            entrants[each.name] = (each.by, partial(ready, each.name))
+        yield GpuContest("chain w4a8", layer, count, weights[-1][0], weights[0][1], entrants)
 
 
-def _copying(half: int, sets: int, device: torch.device) -> Made:
-    width = -(-half // 16) * 16
-    sources = torch.randint(-128, 128, (sets, width), dtype=torch.int8, device=device)
-    targets = torch.empty_like(sources)
-    calls = [partial(targets[number, :half].copy_, sources[number, :half]) for number in range(sets)]
-    return Made(calls, 2 * half, 2 * sets * half, {})
+def _chained(chain: Sequence[Linear], weights: Sequence[Tensor], x: Tensor, l2: int) -> Made:
+    moved = sum(
+        linear.weight_bytes + 2 * len(x) * sum(w.shape) for linear, w in zip(chain, weights, strict=True)
+    )
+    sets = min(sets_needed(moved, l2), *(linear.copies for linear in chain))
 
+    def call(number: int) -> Tensor:
+        y = x
+        for linear in chain:
+            y = linear.call(y, number)
+        return y
 
-def _streaming(half: int, sets: int, device: torch.device) -> Made:
-    """A copy may be the driver's own; this is a kernel that reads and writes as much."""
-    words = -(-half // 4)
-    sources = torch.randint(-(2**31), 2**31, (sets, words), dtype=torch.int32, device=device)
-    targets = torch.empty_like(sources)
-    calls = [partial(torch.bitwise_not, sources[number], out=targets[number]) for number in range(sets)]
-    return Made(calls, 8 * words, 8 * sets * words, {})
-
-
-def _passing(way: Callable[[Tensor], Any], rows: int, n: int, sets: int, device: torch.device) -> Made:
-    x = torch.randn(sets, rows, n, dtype=torch.bfloat16, device=device)
-    calls = [partial(way, x[number]) for number in range(sets)]
-    moved = x[0].nbytes + nbytes(calls[0]())
-    return Made(calls, moved, sets * moved, {})
-
-
-def _humming_input(x: Tensor, hadamard: int | None) -> Any:
-    return importlib.import_module("humming.ops").process_input(
-        x, quant_mode="dynamic_token", quant_dtype="int8", hadamard_block_size=hadamard
+    expected = x
+    for w in weights:
+        expected = F.linear(expected, w)
+    error = _relative(call(0), expected)
+    operations = {chain[0].dtype: len(x) * sum(w.numel() for w in weights)}
+    exact = all(linear.exact for linear in chain)
+    return Made(
+        [partial(call, number) for number in range(sets)], moved, sets * moved, operations, error, exact
     )
 
 
-def _kernel(operation: str, function: str | None = None) -> Callable[..., Any]:
+def _relative(result: Tensor, expected: Tensor) -> float:
+    """How far a result is from the bf16 weight's, of the first rows. Raises ArithmeticError where it cannot
+    be one of the same weight in 4 bits."""
+    want = expected[:COMPARED_ROWS].float()
+    error = float((result[:COMPARED_ROWS].float() - want).norm() / want.norm())
+    if not error < WRONG:
+        raise ArithmeticError(f"its result is wrong: a relative error of {error:.2g}")
+    return error
+
+
+def kernel(operation: str, function: str | None = None) -> Callable[..., Any]:
     """A kernel by name, imported when it is called: this module must load where Triton is not."""
     return getattr(importlib.import_module(f"kernels.triton.{operation}"), function or operation)
 

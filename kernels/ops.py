@@ -5,11 +5,11 @@ CUDA GPU of compute capability 9, where triton is installed, an operation runs a
 (kernels/triton) unless that refuses the operands. The account tells the two apart: "triton", and "reference
 (why no kernel ran)". What neither can run raises. Names carry the widths: "linear w4a16", "kv_attention kv4".
 
-Which implementation runs changes no integer: codes, scales and zero-points of a quantised tensor and the
-integer products of linears are the same to the last bit, and so is a linear of quantised inputs without kept
-channels. What it may change are the last bits of floating-point sums: of a linear with floating-point inputs
-or kept channels, of a root mean square and of a Hadamard transform, and with these two the codes that are
-then rounded from them. Kernels are chosen by the number of rows too, so there a row's last bits may depend on
+Which implementation runs does not change what `quantise` returns, nor the integer products of linears, nor,
+without kept channels, a linear of quantised inputs: they are the same to the last bit. What it may change are
+the last bits of floating-point sums: of a linear with floating-point inputs or kept channels, of a root mean
+square and of a Hadamard transform, and with these two the scales and some of the codes, by one, that are then
+rounded from them. Kernels are chosen by the number of rows too, so there a row's last bits may depend on
 how many rows stand beside it.
 """
 
@@ -70,7 +70,8 @@ def reference_only() -> Iterator[None]:
 def weights_at_rest() -> Iterator[None]:
     """Inside, kernels are launched before those in front of them have ended, for whose results they wait;
     linears fetch their weights meanwhile, on the promise that no work that is still queued writes them.
-    Whoever captures a CUDA graph of a model whose weights stay as they are can give it."""
+    Whoever captures a CUDA graph of a model whose weights stay as they are can give it. Graphs captured on
+    one stream, with this or without, are to be replayed one after another: they share working memory."""
     with _set(_at_rest):
         yield
 

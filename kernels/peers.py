@@ -38,7 +38,8 @@ class Linear:
     """A weight [N, K] in one contestant's format, with as many copies as rotation needs.
 
     call: the product of (what `inputs` made of x [rows, K] in bf16, with the weight's copy of that number).
-    weight_bytes: of one copy. dtype: of the multiply-adds. compared: whether the result is x wᵀ.
+    weight_bytes: of one copy. dtype: of the multiply-adds. compared: whether the result is x wᵀ. exact:
+    whether the same inputs give the same bits each time.
     """
 
     call: Callable[[Any, int], Any]
@@ -47,6 +48,7 @@ class Linear:
     inputs: Callable[[Tensor], Any] = unchanged
     dtype: torch.dtype = torch.bfloat16
     compared: bool = True
+    exact: bool = False
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,7 @@ class PackedWeight:
     colsum: Tensor | None = None
 
     def __post_init__(self) -> None:
+        # Wherever a weight comes from, a file too: copied once, and as it is from then on.
         if self.axis == 1:
             for name in ("scale", "zero"):
                 value = getattr(self, name)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,10 @@ TRIES = 10
 # A pass over all sets of operands moves this many times what L2 holds; more sets than MOST_SETS take too long
 # to record, and are marked where they come out too small.
 ROTATED_L2, MOST_SETS = 4, 2048
+
+# Of results that are compared with each other: rows at either end, and how far sums in another order may be
+# apart, relative to their norm.
+COMPARED_ROWS, ROUNDING = 32, 2.0**-7
 
 
 @dataclass(frozen=True)
@@ -121,11 +126,13 @@ def sets_needed(bytes_of_a_set: int, l2: int) -> int:
 @dataclass(frozen=True)
 class Replay:
     """A pass over all sets of operands: play() puts `calls` calls on the device's stream. eager: the host
-    launches each of them, because they cannot be recorded as a graph."""
+    launches each of them, because they cannot be recorded as a graph. results: of the calls in a graph, which
+    every replay writes anew; none where the host launches."""
 
     play: Callable[[], object]
     calls: int
     eager: bool
+    results: Sequence[Any] = ()
 
 
 def recorded(calls: Sequence[Callable[[], object]], device: torch.device) -> Replay:
@@ -148,14 +155,38 @@ def recorded(calls: Sequence[Callable[[], object]], device: torch.device) -> Rep
                 kept = [call() for call in calls]
             finally:
                 graph.capture_end()
-        del kept
         torch.cuda.synchronize(device)
         graph.replay()
         torch.cuda.synchronize(device)
     except Exception:  # noqa: BLE001 - whatever it is, the same calls are tried without a graph
         torch.cuda.synchronize(device)
         return Replay(lambda: [call() for call in calls], len(calls), eager=True)
-    return Replay(graph.replay, len(calls), eager=False)
+    # To keep them costs nothing: a graph holds the memory of its results in any case.
+    return Replay(graph.replay, len(calls), eager=False, results=kept)
+
+
+def differs(replay: Replay, calls: Sequence[Callable[[], object]], exact: bool) -> bool:
+    """Whether what the last replay left of its first and last call differs from what the host gets by calling
+    them: in a bit, or for results that are not `exact` by more than the rounding of their sums."""
+    return any(
+        not _alike(replay.results[number], calls[number](), exact) for number in (0, -1) if replay.results
+    )
+
+
+def _alike(found: object, wanted: object, exact: bool) -> bool:
+    pairs = zip(tensors(found), tensors(wanted), strict=True)
+    return all(torch.equal(a, b) or (not exact and _close(a, b)) for a, b in pairs)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Of the first and last rows: the others take much memory as float32."""
+    if a.shape != b.shape or not a.is_floating_point():
+        return False
+    for rows in (slice(0, COMPARED_ROWS), slice(-COMPARED_ROWS, None)):
+        of_a, of_b = a[rows].float(), b[rows].float()
+        if not float((of_a - of_b).norm()) <= ROUNDING * float(of_b.norm()):
+            return False
+    return True
 
 
 def replayed(replays: Mapping[str, Replay], turns: int, least: float) -> dict[str, Timing]:
@@ -219,15 +250,20 @@ def measure_gpu_limits(device: torch.device) -> tuple[Limits, dict[str, float]]:
 
 def nbytes(*parts: object) -> int:
     """Bytes of tensors and of the tensors in tuples and dataclasses."""
-    total = 0
+    return sum(tensor.nbytes for tensor in tensors(*parts))
+
+
+def tensors(*parts: object) -> list[Tensor]:
+    """The tensors among these and in tuples, lists and dataclasses, in order."""
+    found: list[Tensor] = []
     for part in parts:
         if isinstance(part, Tensor):
-            total += part.nbytes
+            found.append(part)
         elif isinstance(part, tuple | list):
-            total += nbytes(*part)
+            found += tensors(*part)
         elif dataclasses.is_dataclass(part):
-            total += nbytes(*(getattr(part, member.name) for member in dataclasses.fields(part)))
-    return total
+            found += tensors(*(getattr(part, member.name) for member in dataclasses.fields(part)))
+    return found
 
 
 def duration(seconds: float) -> str:

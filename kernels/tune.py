@@ -198,7 +198,7 @@ def tune_shape(operation: str, choices: Sequence[Any], rows: int, outputs: int, 
     finalists = sorted(first, key=first.__getitem__)[:FINALISTS]
     seconds = _timed({choice: graphs[choice] for choice in finalists}, FINAL, flush, len(copies))
     best = min(seconds, key=seconds.__getitem__)
-    default = _default(operation, rows, outputs, inputs)
+    default = tuning.untuned(operation, rows, outputs, inputs)
     return Tuned(best, seconds[best], seconds.get(default, first.get(default)))
 
 
@@ -243,10 +243,10 @@ def _timed(graphs: dict[Any, Any], replays: int, flush: Tensor, launches: int) -
     return {choice: statistics.median(values) for choice, values in seconds.items()}
 
 
-def tune(todo: Sequence[Job], done: set[Job], out: Path) -> None:
+def tune(todo: Sequence[Job], done: set[Job], table: tuning.Table, out: Path) -> int:
     """Time what was compiled, shape by shape, and write each choice as it is found. Entries of other shapes
-    and GPUs stay: those of `out` or, where that is no file yet, of the project's table."""
-    table = tuning.read_table(out if out.exists() else tuning.TABLE)
+    and GPUs stay as they are in `table`. Returns how many were found."""
+    written = 0
     entries = table.setdefault(tuning.gpu_name(torch.device("cuda")), {})
     shapes: dict[tuple[str, int, int, int], list[Any]] = {}
     for job in todo:
@@ -263,6 +263,7 @@ def tune(todo: Sequence[Job], done: set[Job], out: Path) -> None:
         best = tune_shape(operation, choices, rows, outputs, inputs)
         entries.setdefault(operation, {})[key] = asdict(best.choice)
         tuning.write_table(table, out)
+        written += 1
         default = "not timed" if best.default is None else f"{best.default * 1e6:.2f}"
         size = outputs * inputs
         print(
@@ -270,16 +271,22 @@ def tune(todo: Sequence[Job], done: set[Job], out: Path) -> None:
             f"{2 * rows * size / 1e12 / best.seconds:.0f}: {best.choice}",
             flush=True,
         )
+    return written
+
+
+def opened(out: Path) -> tuning.Table:
+    """The table to add to: that of `out` or, where that is no file yet, the project's. Raises ValueError for
+    a damaged one, OSError where `out` cannot be written."""
+    table = tuning.read_table(out if out.exists() else tuning.TABLE)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    trial = out.with_name(f"{out.name}.partial")
+    trial.touch()
+    trial.unlink()
+    return table
 
 
 def _module(operation: str) -> Any:
     return importlib.import_module(f"kernels.triton.{operation}")
-
-
-def _default(operation: str, rows: int, outputs: int, inputs: int) -> Any:
-    """The choice of a shape that is not in the table."""
-    module = _module(operation)
-    return module.default(rows, outputs, inputs) if hasattr(module, "default") else module.Choice()
 
 
 def _l2_bytes() -> int:
@@ -306,23 +313,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=max(1, (cpu_count() or 1) - 2))
     parser.add_argument("--compile-seconds", type=float, default=100.0, help="leave out what takes longer")
     options = parser.parse_args(argv)
+    if unknown := [rows for rows in options.rows if rows not in ROWS]:
+        return _refuse(f"--rows {unknown[0]}: tuned rows are {', '.join(map(str, ROWS))}")
+    if not any(rows in OPERATIONS[name].rows for name in options.operations for rows in options.rows):
+        return _refuse("none of these operations is for so many rows")
     if not torch.cuda.is_available():
-        print("quantgrid: tuning needs a CUDA GPU", file=sys.stderr)
-        return 2
+        return _refuse("tuning needs a CUDA GPU")
     if (reason := ops.no_kernels_on(torch.device("cuda", torch.cuda.current_device()))) is not None:
-        print(f"quantgrid: {reason}", file=sys.stderr)
-        return 2
+        return _refuse(reason)
+    out = options.out.resolve()
+    try:
+        table = opened(out)
+    except (ValueError, OSError) as error:
+        return _refuse(str(error))
     began = time.monotonic()
     todo = list(jobs(options.operations, options.rows, options.shapes))
     done = precompile(todo, options.processes, options.compile_seconds)
     print(f"{len(done)} of {len(todo)} jobs compiled in {time.monotonic() - began:.0f} s", flush=True)
     try:
-        tune(todo, done, options.out.resolve())
+        written = tune(todo, done, table, out)
     except ArithmeticError as error:
         print(f"quantgrid: {error}; the table ends before this shape", file=sys.stderr)
         return 1
-    print(f"{options.out} written after {time.monotonic() - began:.0f} s")
+    except OSError as error:
+        return _refuse(str(error))
+    if not written:
+        return _refuse("nothing could be timed")
+    print(f"{options.out}: {written} choices after {time.monotonic() - began:.0f} s")
     return 0
+
+
+def _refuse(reason: str) -> int:
+    print(f"quantgrid: {reason}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ computes depends on its operands and on this table alone; records name the table
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import re
 from collections.abc import Mapping
@@ -19,13 +20,15 @@ import torch
 
 TABLE = Path(__file__).with_name("tuning.json")
 
+Table = dict[str, dict[str, dict[str, dict[str, Any]]]]
 T = TypeVar("T")
 
 
 def lookup(operation: str, device: torch.device, rows: int, outputs: int, inputs: int, default: T) -> T:
-    """The choice for a shape on a GPU: `default`, a frozen dataclass, with the table's values in it.
+    """The choice for a shape on a GPU: the table's, else `default`, a frozen dataclass.
 
-    Raises ValueError for a damaged table and for values that `default` has no field of that type for.
+    What an entry of the table leaves out is the default of the dataclass's field, whatever `default` says.
+    Raises ValueError for a damaged table and for values that the dataclass has no field of that type for.
     """
     if device.type != "cuda":
         return default
@@ -42,27 +45,39 @@ def gpu_name(device: torch.device) -> str:
     return _gpu_name(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def untuned(operation: str, rows: int, outputs: int, inputs: int) -> Any:
+    """The choice of a linear's file for a shape that is not in the table."""
+    module = importlib.import_module(f"kernels.triton.{operation}")
+    return module.default(rows, outputs, inputs) if hasattr(module, "default") else module.Choice()
+
+
 def table_sha256() -> str:
-    """The SHA-256 of the table's file."""
-    return hashlib.sha256(TABLE.read_bytes()).hexdigest()
+    """The SHA-256 of the table by which this process chooses: of the file as it was when it was read."""
+    return hashlib.sha256(_content()).hexdigest()
 
 
-def read_table(path: Path = TABLE) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-    """The whole table. Raises ValueError where the file is missing or is no such table."""
+def read_table(path: Path | None = None) -> Table:
+    """The whole table of a file, TABLE by default. Raises ValueError where it is missing or no such table."""
+    path = path or TABLE
+    return parsed(_bytes(path), path.name)
+
+
+def parsed(content: bytes, name: str) -> Table:
+    """The table in a file of that name. Raises ValueError where it is none."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the tuning table {path.name} cannot be read: {error}") from None
+        table: Table = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"the tuning table {name} cannot be read: {error}") from None
     level: list[Any] = [table]
     for depth in range(4):
         if not all(isinstance(part, dict) for part in level):
-            raise ValueError(f"the tuning table {path.name} is damaged: no object at level {depth + 1}")
+            raise ValueError(f"the tuning table {name} is damaged: no object at level {depth + 1}")
         level = [inner for part in level for inner in part.values()]
     return table
 
 
 def write_table(table: Mapping[str, Any], path: Path) -> None:
-    """Write a table with one line a shape, smaller shapes first."""
+    """Write a table with one line a shape, smaller shapes first; the file is replaced as a whole."""
 
     def order(key: str) -> tuple[int, ...]:
         rows, *weight = map(int, key.split("x"))
@@ -81,7 +96,9 @@ def write_table(table: Mapping[str, Any], path: Path) -> None:
     text = re.sub(r",(\n *})", r"\1", "\n".join([*lines, "}", ""]))
     if json.loads(text) != table:
         raise ValueError("this table does not survive being written")
-    path.write_text(text, encoding="utf-8")
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def with_values(default: T, values: Mapping[str, Any], where: str) -> T:
@@ -91,20 +108,35 @@ def with_values(default: T, values: Mapping[str, Any], where: str) -> T:
     known = {field.name: type(getattr(default, field.name)) for field in dataclasses.fields(default)}
     for name, value in values.items():
         if known.get(name) is not type(value):
-            wanted = f"a {known[name].__name__}" if name in known else f"one of {', '.join(known)}"
+            wanted = f"of type {known[name].__name__}" if name in known else f"one of {', '.join(known)}"
             raise ValueError(f"the tuning table {TABLE.name}, {where}: {name} = {value!r} is not {wanted}")
     return dataclasses.replace(default, **values)
 
 
 @cache
 def _chosen(operation: str, gpu: str, key: str, default: T) -> T:
-    values = _table().get(gpu, {}).get(operation, {}).get(key, {})
-    return with_values(default, values, f"{gpu}, {operation}, {key}")
+    values = _table().get(gpu, {}).get(operation, {}).get(key)
+    if values is None:
+        return default
+    return with_values(type(default)(), values, f"{gpu}, {operation}, {key}")
 
 
 @cache
-def _table() -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-    return read_table(TABLE)
+def _table() -> Table:
+    return parsed(_content(), TABLE.name)
+
+
+@cache
+def _content() -> bytes:
+    """The bytes of the table, read once: what is hashed is what is used."""
+    return _bytes(TABLE)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"the tuning table {path.name} cannot be read: {error}") from None
 
 
 @cache

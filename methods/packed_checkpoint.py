@@ -124,7 +124,7 @@ def _named_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
             for leaf in ("packed", "scale", "zero", "colsum"):
                 tensor = getattr(module.packed, leaf)
                 if tensor is not None:
-                    yield prefix + leaf, tensor.contiguous()
+                    yield prefix + leaf, tensor
 
 
 def _distinct(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -136,7 +136,9 @@ def _distinct(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
         owner = first.setdefault(place, name)
         if owner != name:
             shared[name] = owner
-    return {name: tensor for name, tensor in tensors.items() if name not in shared}, shared
+    # The scales of groups lie transposed in memory, the file has them as their shape says.
+    distinct = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in shared}
+    return distinct, shared
 
 
 def _read_tensors(folder: Path, manifest: Facts, device: torch.device) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from harness import stats
 from harness.records import Cell, read_run
 from harness.report import write_report
+from kernels import roofline
 
 TASK = "perplexity_wikipedia"
 
@@ -72,3 +74,25 @@ def test_the_int4_run_held_and_ran_codes(root: Path) -> None:
 def test_reports_are_what_the_results_give(root: Path, tmp_path: Path, name: str) -> None:
     path = write_report(root / "results" / "reference" / name, tmp_path)
     assert path.read_text() == (root / "reports" / name / "report.md").read_text()
+
+
+def test_the_speeds_of_kernels_in_the_readme_are_those_on_record(root: Path) -> None:
+    """Slowest to fastest layer, of each line of the README's table and each number of rows."""
+    record = json.loads((root / "results" / "reference" / "kernels-h100.json").read_text())
+    rows = roofline.index(record)
+    speeds: dict[tuple[str, int], list[float]] = {}
+    for (shape, operation, layer, count, name), row in rows.items():
+        found = roofline.speed(row, rows.get((shape, operation, layer, count, "bf16 cuBLAS")))
+        if found is not None and operation.startswith("linear"):
+            speeds.setdefault((name, count), []).append(found)
+    readme = (root / "README.md").read_text().splitlines()
+    head = next(line for line in readme if line.startswith("| linear | 1 row |"))
+    counts = [int(cell.split()[0]) for cell in head.strip("|").split("|")[1:]]
+    table = readme[readme.index(head) + 2 :]
+    table = table[: table.index("")]
+    assert len(table) > 5
+    for line in table:
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        for count, cell in zip(counts, cells, strict=True):
+            reached = speeds.get((name, count))
+            assert cell == (f"{min(reached):.2f} to {max(reached):.2f}" if reached else "-"), (name, count)

@@ -1,14 +1,16 @@
-"""The linear layer for few rows of 16-bit inputs and 4-bit weights, where the weights are the traffic.
+"""The linear layer for few rows of 16-bit inputs and 4-bit weights, with or without groups. See `few_rows`.
 
-Built as `linear_few`: a program computes `outputs` rows of the weight, its warps share K, and packed bytes go
-from memory into registers that are already the left operand of `mma.m16n8k16`. A nibble becomes a number
-without conversion: byte 0x43 above byte u = code + 8 is bfloat16 for 128 + u (0x64 and 1024 for float16), and
-one packed subtraction leaves the code, exactly. Codes are multiplied as they are; the scale of a group meets
-the float32 sum of its products, which is one multiplication for a whole piece of the row. A zero-point z
-meets the sum of the inputs, as Σ (q - z) x = Σ q x - z Σ x; the second sum is a product with ones, so z need
-not be a number that 16 bits hold.
+Byte 16 q + 4 j + 2 c + d of 64, held by lane q of four, is element 16 j + 8 c + 2 q + d of the left operand
+of `mma.m16n8k16`. A nibble becomes a number without conversion: byte 0x43 above byte u = code + 8 is bfloat16
+for 128 + u (0x64 and 1024 for float16), and one packed subtraction leaves the code, exactly. Codes are
+multiplied as they are; the scale of a group meets the float32 sum of its products, which is one
+multiplication for a whole piece of the row. A zero-point z meets the sum of the inputs, as
+Σ (q - z) x = Σ q x - z Σ x; the second sum is a product with ones, so z need not be a number that 16 bits
+hold.
 
 The reference rounds each dequantised weight to x's dtype, this kernel does not: it is the more exact one.
+Where weights have zero-points, an infinity in a row of x makes that row NaN, where the reference may have
+±Inf.
 """
 
 from collections.abc import Iterator
@@ -24,11 +26,24 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import tuning
 from kernels.compiled import Compilation
-from kernels.reference import PackedWeight
-from kernels.triton.linear_few import sum_over_warps
+from kernels.reference import PackedWeight, Quantised
+from kernels.triton import few_rows
+from kernels.triton.few_rows import (
+    fetch,
+    fetch_inputs,
+    fetch_weights,
+    finish,
+    flat,
+    piece_layout,
+    pieces,
+    product_layout,
+    sum_over_warps,
+    tile_layout,
+    tokens,
+)
+from kernels.triton.operands import matrix
 
-MAX_ROWS = 64
-"""Rows of x, above which a dequantised weight and one dense product are faster."""
+MOST_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,7 @@ class Choice:
     any case within a group of weights."""
 
     outputs: int = 16
-    warps: int = 4
+    warps: int = 8
     ahead: int = 2
     x_ahead: int = 1
     registers: int = 255
@@ -56,50 +71,41 @@ def linear(
     choice: Choice | None = None,
     weights_at_rest: bool = False,
 ) -> Tensor:
-    """`reference.linear` for at most 64 rows of bfloat16 or float16: [..., N] in `dtype`.
+    """`reference.linear` for few rows of bfloat16 or float16: [..., N] in `dtype`.
 
     Accumulates in float32, always in the same order for one choice. weights_at_rest: as in `linear_few`.
     Raises ValueError for operands that `unsupported` names.
     """
     reason = unsupported(x, w, x_keep=x_keep, w_keep=w_keep, row_scale=row_scale, bias=bias, dtype=dtype)
     if reason is not None:
-        raise ValueError(f"linear of few 16-bit rows: {reason}")
+        raise ValueError(f"the linear for few 16-bit rows cannot run here: {reason}")
     n, k = w.packed.shape[0], w.inputs
-    values = x.reshape(-1, k).contiguous()
+    values = matrix(x).contiguous()
     m = values.shape[0]
-    y = torch.empty(m, n, dtype=dtype, device=values.device)
-    if m:
-        choice = choice or tuning.lookup("linear_a16", values.device, m, n, k, Choice())
-        choice = _fitted(choice, k, w.group)
-        _kernel[(triton.cdiv(n, choice.outputs),)](
+    y = torch.empty(*x.shape[:-1], n, dtype=dtype, device=values.device)
+    if m == 0:
+        return y
+    choice = choice or tuning.lookup("linear_a16", values.device, m, n, k, Choice())
+    choice = _fitted(choice, k, w.group)
+    with torch.cuda.device_of(values):
+        _kernel[(triton.cdiv(m, tokens(m, MOST_TOKENS)), triton.cdiv(n, choice.outputs))](
             values,
             w.packed.view(torch.int8),
             w.scale,
             w.zero,
             y,
-            bias,
-            None if row_scale is None else row_scale.reshape(m).contiguous(),
+            flat(bias),
+            flat(row_scale),
             m,
             n,
-            HALF=k // 2,
-            STRIDE=w.scale.stride(1),
-            GROUP=w.group,
-            ZERO_OFFSET=0 if w.signed else 8,
-            OUTPUTS=choice.outputs,
-            TOKENS=_tokens(m),
-            WARPS=choice.warps,
-            AHEAD=choice.ahead,
-            X_AHEAD=choice.x_ahead,
-            PIECE=choice.piece,
-            num_warps=choice.warps,
-            maxnreg=choice.registers,
-            launch_pdl=weights_at_rest,
+            **_constants(m, k, w.group, w.scale.stride(1), 0 if w.signed else 8, choice),
+            **_options(choice, weights_at_rest),
         )
-    return y.view(*x.shape[:-1], n)
+    return y
 
 
 def unsupported(
-    x: Tensor,
+    x: Tensor | Quantised,
     w: PackedWeight,
     *,
     x_keep: Tensor | None = None,
@@ -109,29 +115,16 @@ def unsupported(
     dtype: torch.dtype,
 ) -> str | None:
     """Why these operands cannot run here, in a phrase; None where they can."""
-    n, k = w.packed.shape[0], w.inputs
-    if x.shape[-1] != k:
-        return f"an input of {x.shape[-1]} channels for a weight of {k}"
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return f"inputs of {x.dtype}"
-    if w.bits != 4:
-        return f"{w.bits}-bit weights"
-    if w.axis != 1:
-        return "groups along axis 0"
-    if w.scale.dtype != torch.float32:
-        return f"scales of {w.scale.dtype}"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"results of {dtype}"
-    if k % 32:
-        return f"K = {k} is no multiple of 32"
-    if w.scale.shape[1] > 1 and (w.group % 64 or (k // 2) % w.group):
-        return f"groups of {w.group}: multiples of 64 that divide K / 2 = {k // 2} are needed"
-    if k > 65536 or n * k // 2 >= 2**31:
-        return f"a weight of {n} x {k}"
-    if x.numel() // k > MAX_ROWS:
-        return f"{x.numel() // k} rows, more than {MAX_ROWS}"
-    if x_keep is not None or w_keep is not None:
+    if isinstance(x, Quantised):
+        return "quantised inputs"
+    reason = few_rows.unsupported(x, w, x_keep, w_keep, row_scale, bias, dtype)
+    if reason is not None:
+        return reason
+    if x_keep is not None:
         return "kept channels beside 16-bit inputs"
+    half = w.inputs // 2
+    if w.scale.shape[1] > 1 and (w.group % 64 or half % w.group):
+        return f"groups of {w.group}: multiples of 64 that divide K / 2 = {half} are needed"
     return None
 
 
@@ -163,60 +156,88 @@ def candidates(rows: int, outputs: int, inputs: int) -> list[Choice]:
             (32, 8, 2, 1, 255, 64),
             (32, 4, 2, 1, 255, 64),
         ]
-        tiles += [(64, 8, 1, 1, 255, 64), (64, 8, 2, 1, 255, 64), (64, 4, 1, 1, 255, 64)]
-    fitting = [tile for tile in tiles if tile[1] * tile[5] <= inputs // 2 and tile[0] * rows <= 1024]
+        tiles += [
+            (64, 8, 1, 1, 255, 64),
+            (64, 8, 2, 1, 255, 64),
+            (64, 4, 1, 1, 255, 64),
+            (16, 8, 1, 1, 255, 64),
+        ]
+    fitting = [
+        tile
+        for tile in tiles
+        if tile[1] * tile[5] <= inputs // 2 and tile[0] * tokens(rows, MOST_TOKENS) <= 1024
+    ]
     return list(dict.fromkeys(_fitted(Choice(*tile), inputs, 128) for tile in fitting))
 
 
 def compilations() -> Iterator[Compilation]:
-    for rows, inputs, group, zero, tile in (
-        (1, 4096, 128, False, 16),
-        (16, 4096, 128, False, 16),
-        (16, 4096, 128, True, 16),
-        (16, 576, 576, True, 16),
+    for rows, inputs, group, zero in (
+        (1, 4096, 128, False),
+        (16, 4096, 128, False),
+        (16, 4096, 128, True),
+        (16, 576, 576, True),
+        (16, 14336, 128, False),
+        (64, 4096, 4096, False),
     ):
-        choice = _fitted(Choice(tile), inputs, group)
-        yield Compilation(
-            f"linear_a16 {rows} rows, K {inputs}, groups of {group}{', zero-points' if zero else ''}",
-            _kernel,
-            {
-                "x_ptr": "*bf16",
-                "w_ptr": "*i8",
-                "scale_ptr": "*fp32",
-                **({"zero_ptr": "*fp32"} if zero else {}),
-                "y_ptr": "*bf16",
-                "rows": "i32",
-                "outputs": "i32",
-            },
-            {
-                **({} if zero else {"zero_ptr": None}),
-                "bias_ptr": None,
-                "row_scale_ptr": None,
-                "HALF": inputs // 2,
-                "STRIDE": 4096,
-                "GROUP": group,
-                "ZERO_OFFSET": 8,
-                "OUTPUTS": tile,
-                "TOKENS": _tokens(rows),
-                "WARPS": choice.warps,
-                "AHEAD": choice.ahead,
-                "X_AHEAD": choice.x_ahead,
-                "PIECE": choice.piece,
-            },
-            {"num_warps": choice.warps, "maxnreg": choice.registers, "launch_pdl": True},
-            expect=("HMMA.16816.F32.BF16", "LDG.E.128"),
-        )
+        name = f"{rows} rows, K {inputs}, groups of {group}{', zero-points' if zero else ''}"
+        yield compilation(name, rows, 4096, inputs, Choice(), group=group, zero=zero)
 
 
-def _tokens(rows: int) -> int:
-    return max(8, triton.next_power_of_2(rows))
+def compilation(
+    name: str,
+    rows: int,
+    outputs: int,
+    inputs: int,
+    choice: Choice,
+    *,
+    group: int | None = None,
+    zero: bool = False,
+) -> Compilation:
+    """The launch of a product of that size, inputs and results in bfloat16."""
+    group = group or inputs
+    choice = _fitted(choice, inputs, group)
+    none = ("bias_ptr", "row_scale_ptr", *(() if zero else ("zero_ptr",)))
+    return Compilation(
+        f"linear_a16 {name}",
+        _kernel,
+        {
+            "w_ptr": "*i8",
+            **dict.fromkeys(("x_ptr", "y_ptr"), "*bf16"),
+            **dict.fromkeys(("scale_ptr", *(("zero_ptr",) if zero else ())), "*fp32"),
+            **dict.fromkeys(("rows", "outputs"), "i32"),
+        },
+        {**dict.fromkeys(none), **_constants(rows, inputs, group, outputs, 8 if zero else 0, choice)},
+        _options(choice, True),
+        expect=("HMMA.16816.F32.BF16", "LDG.E.128"),
+    )
+
+
+def _constants(
+    rows: int, inputs: int, group: int, stride: int, offset: int, choice: Choice
+) -> dict[str, int]:
+    return {
+        "HALF": inputs // 2,
+        "STRIDE": stride,
+        "GROUP": group,
+        "ZERO_OFFSET": offset,
+        "OUTPUTS": choice.outputs,
+        "TOKENS": tokens(rows, MOST_TOKENS),
+        "WARPS": choice.warps,
+        "AHEAD": choice.ahead,
+        "X_AHEAD": choice.x_ahead,
+        "PIECE": choice.piece,
+    }
+
+
+def _options(choice: Choice, at_rest: bool) -> dict[str, int | bool]:
+    return {"num_warps": choice.warps, "maxnreg": choice.registers, "launch_pdl": at_rest}
 
 
 def _fitted(choice: Choice, inputs: int, group: int) -> Choice:
     """The choice, with pieces that lie within groups and no more of them ahead than there are."""
     piece = choice.piece if group == inputs or group % choice.piece == 0 else 64
-    pieces = -(-inputs // 2 // (piece * choice.warps))
-    return replace(choice, piece=piece, ahead=min(choice.ahead, pieces), x_ahead=min(choice.x_ahead, pieces))
+    most = pieces(inputs, piece, choice.warps)
+    return replace(choice, piece=piece, ahead=min(choice.ahead, most), x_ahead=min(choice.x_ahead, most))
 
 
 def _assembly(shift: str, top: str, offset: str, pair: str) -> gl.constexpr:
@@ -253,31 +274,11 @@ def _codes(packed, BFLOAT16: gl.constexpr, FLOAT16: gl.constexpr, like):
 
 
 @gluon.jit
-def _fetch(
-    pointer,
-    first,
-    mask,
-    step: gl.constexpr,
-    ROUND: gl.constexpr,
-    HALF: gl.constexpr,
-    cache: gl.constexpr,
-):
-    """What `pointer` points to where `mask` holds and `step * ROUND + first` lies before HALF, else zeros."""
-    if (step + 1) * ROUND > HALF:
-        inside = step * ROUND + first < HALF
-        mask = inside if mask is None else mask & inside
-    if mask is None:
-        return gl.load(pointer, cache_modifier=cache)
-    else:
-        return gl.load(pointer, mask=mask, other=0, cache_modifier=cache)
-
-
-@gluon.jit
 def _weights(rows, first, step: gl.constexpr, ROUND: gl.constexpr, HALF: gl.constexpr):
-    """A piece of each block of rows. It passes by the first cache, where x stays for other programs."""
+    """A piece of each block of rows."""
     found = ()
     for block in gl.static_range(len(rows)):
-        found = found + (_fetch(rows[block] + step * ROUND, first, None, step, ROUND, HALF, ".cg"),)
+        found = found + (fetch_weights(rows[block], first, step, ROUND, HALF),)
     return found
 
 
@@ -297,22 +298,14 @@ def _per_group(
     found = ()
     for block in gl.static_range(len(rows)):
         group = pointer + rows[block] + (step * ROUND + place) // GROUP * STRIDE
-        low = _fetch(group, place, None, step, ROUND, HALF, "")
-        found = found + ((low, _fetch(group + HALF // GROUP * STRIDE, place, None, step, ROUND, HALF, "")),)
+        low = fetch(group, place, None, step, ROUND, HALF, "")
+        found = found + ((low, fetch(group + HALF // GROUP * STRIDE, place, None, step, ROUND, HALF, "")),)
     return found
 
 
 @gluon.jit
-def _both_halves(row, first, mask, step: gl.constexpr, ROUND: gl.constexpr, HALF: gl.constexpr):
-    """The inputs that meet the low and the high nibbles of a piece."""
-    low = _fetch(row + step * ROUND, first, mask, step, ROUND, HALF, "")
-    return low, _fetch(row + HALF + step * ROUND, first, mask, step, ROUND, HALF, "")
-
-
-@gluon.jit
 def _left(codes, layout: gl.constexpr):
-    """Codes [warp, row, piece] as the left operand: byte 16 q + 4 j + 2 c + d of 64, held by lane q of four,
-    is element 16 j + 8 c + 2 q + d."""
+    """Codes [warp, row, piece] as the left operand, in the order of this file's head."""
     WARPS: gl.constexpr = codes.type.shape[0]
     ROWS: gl.constexpr = codes.type.shape[1]
     PIECE: gl.constexpr = codes.type.shape[2]
@@ -322,7 +315,7 @@ def _left(codes, layout: gl.constexpr):
 
 @gluon.jit
 def _right(values, layout: gl.constexpr):
-    """x [warp, token, piece] as the right operand [warp, piece, token], in the order of `_left`."""
+    """x [warp, token, piece] as the right operand [warp, piece, token], in the same order."""
     WARPS: gl.constexpr = values.type.shape[0]
     TOKENS: gl.constexpr = values.type.shape[1]
     PIECE: gl.constexpr = values.type.shape[2]
@@ -352,27 +345,24 @@ def _kernel(
     X_AHEAD: gl.constexpr,
     PIECE: gl.constexpr,
 ):
-    product: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8]
-    )
+    product: gl.constexpr = product_layout(WARPS)
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=product, k_width=2)
     right: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=product, k_width=2)
-    # [warp, row, byte]: 16 bytes a thread, four lanes along the bytes, eight along the rows.
-    pieces: gl.constexpr = gl.BlockedLayout([1, 1, 16], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
-    tile: gl.constexpr = gl.SliceLayout(
-        0, gl.BlockedLayout([WARPS, 1, 1], [1, 16, 2], [1, 1, WARPS], [1, 2, 0])
-    )
+    piece: gl.constexpr = piece_layout(WARPS)
+    tile: gl.constexpr = tile_layout(WARPS)
     ROUND: gl.constexpr = WARPS * PIECE
     STEPS: gl.constexpr = (HALF + ROUND - 1) // ROUND
     GROUPS: gl.constexpr = 2 * HALF // GROUP
     BLOCKS: gl.constexpr = OUTPUTS // 16
 
     gdc_launch_dependents()
-    start = gl.program_id(0) * OUTPUTS
-    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, pieces)))[:, None, None]
-    byte = gl.arange(0, PIECE, layout=gl.SliceLayout(0, gl.SliceLayout(1, pieces)))[None, None, :]
-    row = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, pieces)))[None, :, None]
-    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, gl.SliceLayout(2, pieces)))[None, :, None]
+    # Programs that read the same weights are neighbours.
+    start = gl.program_id(1) * OUTPUTS
+    begin = gl.program_id(0) * TOKENS
+    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, piece)))[:, None, None]
+    byte = gl.arange(0, PIECE, layout=gl.SliceLayout(0, gl.SliceLayout(1, piece)))[None, None, :]
+    row = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, piece)))[None, :, None]
+    token = begin + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, gl.SliceLayout(2, piece)))[None, :, None]
     first = warp * PIECE + byte
     x_row = x_ptr + token * (2 * HALF) + first
     # The same places as the product has them, for what each group of weights has one of.
@@ -395,7 +385,7 @@ def _kernel(
     gdc_wait()
     inputs = ()
     for step in gl.static_range(X_AHEAD):
-        inputs = inputs + (_both_halves(x_row, first, token < rows, step, ROUND, HALF),)
+        inputs = inputs + (fetch_inputs(x_row, first, token < rows, step, ROUND, HALF),)
     nothing = gl.zeros([WARPS, 16, TOKENS], gl.float32, layout=product)
     ones = gl.full([WARPS, 16, PIECE], 1.0, x_ptr.dtype.element_ty, layout=left)
     x_sum = nothing
@@ -404,7 +394,7 @@ def _kernel(
         totals = totals + (nothing,)
     for step in gl.static_range(STEPS):
         if step + X_AHEAD < STEPS:
-            inputs = inputs + (_both_halves(x_row, first, token < rows, step + X_AHEAD, ROUND, HALF),)
+            inputs = inputs + (fetch_inputs(x_row, first, token < rows, step + X_AHEAD, ROUND, HALF),)
         if step + AHEAD < STEPS:
             weights = weights + (_weights(w_rows, first, step + AHEAD, ROUND, HALF),)
             if GROUPS > 1:
@@ -437,7 +427,7 @@ def _kernel(
                 sums = sums + (scaled + scales[step][block][1] * sum_high,)
         totals = sums
 
-    m = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, tile))
+    m = begin + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, tile))
     for block in gl.static_range(BLOCKS):
         n = start + 16 * block + gl.arange(0, 16, layout=gl.SliceLayout(1, tile))
         y = sum_over_warps(totals[block], tile)
@@ -446,9 +436,4 @@ def _kernel(
                 zero = gl.load(zero_ptr + n, mask=n < outputs, other=0.0) - ZERO_OFFSET
                 y -= zero[:, None] * sum_over_warps(x_sum, tile)
             y *= gl.load(scale_ptr + n, mask=n < outputs, other=0.0)[:, None]
-        if bias_ptr is not None:
-            y += gl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(gl.float32)[:, None]
-        if row_scale_ptr is not None:
-            y *= gl.load(row_scale_ptr + m, mask=m < rows, other=0.0).to(gl.float32)[None, :]
-        to = y_ptr + m[None, :].to(gl.int64) * outputs + n[:, None]
-        gl.store(to, y.to(y_ptr.dtype.element_ty), mask=(m < rows)[None, :] & (n < outputs)[:, None])
+        finish(y, n, m, y_ptr, bias_ptr, row_scale_ptr, rows, outputs)

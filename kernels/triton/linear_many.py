@@ -26,6 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels import tuning
 from kernels.compiled import Compilation, launch
 from kernels.reference import PackedWeight, Quantised
+from kernels.triton import operands
 from kernels.triton.linear_many_choices import (
     LARGEST_TILE,
     PAIR_REGISTERS,
@@ -37,11 +38,9 @@ from kernels.triton.linear_many_choices import (
     plan,
 )
 from kernels.triton.linear_many_kernel import KEEP_TILE, linear_many_kernel
+from kernels.triton.operands import matrix
 
 __all__ = ["Choice", "Plan", "candidates", "compilations", "default", "linear", "plan", "unsupported"]
-
-MAX_KEEP = 256
-_OUT = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def linear(
@@ -62,8 +61,8 @@ def linear(
     x_keep [..., keep], w_keep [N, keep]: both bfloat16 or both float16, keep a multiple of 16. row_scale:
     [..., 1]. bias: [N]. choice: None takes the table's. weights_at_rest: no work that is still queued on this
     stream writes w, w_keep or bias; the kernel may then fetch weights while the one before it is running.
-    Without kept channels the result is that of the
-    reference bit for bit. Raises ValueError where `unsupported` says why.
+    Without kept channels the result is that of the reference bit for bit. Raises ValueError where
+    `unsupported` says why.
     """
     reason = unsupported(
         x, w, x_keep=x_keep, w_keep=w_keep, row_scale=row_scale, bias=bias, dtype=dtype
@@ -71,7 +70,7 @@ def linear(
     if reason is not None:
         raise ValueError(f"the linear for many rows cannot run here: {reason}")
     outputs, inputs = w.packed.shape[0], w.inputs
-    codes = _rows(x.codes)
+    codes = matrix(x.codes)
     rows = codes.shape[0]
     device = codes.device
     y = torch.empty(*x.codes.shape[:-1], outputs, dtype=dtype, device=device)
@@ -116,60 +115,7 @@ def unsupported(
     """
     if isinstance(x, Tensor):
         return "floating-point inputs"
-    if w.bits != 4:
-        return f"{w.bits}-bit weights"
-    if w.axis == 0:
-        return "groups along axis 0"
-    if w.zero is not None or not w.signed:
-        return "weights with zero-points"
-    if w.scale.shape[1] != 1:
-        return "groups of weights"
-    if x.zero is not None:
-        return "inputs with zero-points"
-    if x.scale.shape[-1] != 1:
-        return "groups of inputs"
-    if x.codes.dtype != torch.int8:
-        return f"{x.codes.dtype} inputs"
-    if w.scale.dtype != torch.float32 or x.scale.dtype != torch.float32:
-        return "scales that are not float32"
-    if dtype not in _OUT:
-        return f"{dtype} results"
-    if w.inputs % 32:
-        return f"K = {w.inputs} is no multiple of 32"
-    if x.codes.shape[-1] != w.inputs:
-        return f"an input of {x.codes.shape[-1]} channels for a weight of {w.inputs}"
-    if w.inputs << (x.bits + 6) >= 2**31:  # 16 times a code, of 4 bits, times a code of x.bits
-        return f"K = {w.inputs} could leave 32-bit integers"
-    if not w.packed.is_contiguous() or w.packed.data_ptr() % 16:
-        return "a packed weight that is not contiguous and aligned to 16 bytes"
-    rows = x.codes.numel() // w.inputs
-    return _unsupported_extras(x_keep, w_keep, row_scale, bias, rows, w.packed.shape[0])
-
-
-def _unsupported_extras(
-    x_keep: Tensor | None,
-    w_keep: Tensor | None,
-    row_scale: Tensor | None,
-    bias: Tensor | None,
-    rows: int,
-    outputs: int,
-) -> str | None:
-    if (x_keep is None) != (w_keep is None):
-        return "kept channels without both their inputs and their weights"
-    if x_keep is not None and w_keep is not None:
-        keep = w_keep.shape[-1]
-        if x_keep.dtype != w_keep.dtype or x_keep.dtype not in (torch.bfloat16, torch.float16):
-            return f"kept channels in {x_keep.dtype} and {w_keep.dtype}"
-        if keep % 16 or not 0 < keep <= MAX_KEEP:
-            return f"{keep} kept channels, no multiple of 16 up to {MAX_KEEP}"
-        if x_keep.shape[-1] != keep or x_keep.numel() != rows * keep or w_keep.shape != (outputs, keep):
-            return f"kept channels {tuple(x_keep.shape)} and {tuple(w_keep.shape)} that do not fit"
-    for name, operand, size in (("row_scale", row_scale, rows), ("bias", bias, outputs)):
-        if operand is not None and operand.dtype not in _OUT:
-            return f"{name} in {operand.dtype}"
-        if operand is not None and operand.numel() != size:
-            return f"{name} {tuple(operand.shape)} that does not fit"
-    return None
+    return operands.unsupported(x, w, x_keep, w_keep, row_scale, bias, dtype)
 
 
 def compilations() -> Iterator[Compilation]:
@@ -257,8 +203,8 @@ def _arguments(
         y_desc = _descriptor(y.view(-1, outputs), [choice.block_tokens, part], gl.NVMMASharedLayout(128, 16))
     if x_keep is not None and w_keep is not None:
         kept = gl.NVMMASharedLayout(64, 16)
-        wk_desc = _descriptor(_rows(w_keep), [part, KEEP_TILE.value], kept)
-        xk_desc = _descriptor(_rows(x_keep), [choice.block_tokens, KEEP_TILE.value], kept)
+        wk_desc = _descriptor(matrix(w_keep), [part, KEEP_TILE.value], kept)
+        xk_desc = _descriptor(matrix(x_keep), [choice.block_tokens, KEEP_TILE.value], kept)
     return (
         w.packed.view(torch.int8) if choice.prefetch and at_rest else None,
         *(w_desc, x_desc, y_desc, wk_desc, xk_desc, y, w.scale.contiguous(), x_scale.contiguous()),
@@ -275,16 +221,6 @@ def _descriptor(x: Tensor, block: list[int], layout: Any) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x, block, layout)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x [..., n] as a matrix that TMA can read, whose rows begin at multiples of 16 bytes. Copied only if it
-    must be."""
-    matrix = x.reshape(-1, x.shape[-1])
-    apart = matrix.stride(0) * x.element_size()
-    if matrix.stride(1) != 1 or matrix.stride(0) < matrix.shape[1] or apart % 16:
-        matrix = matrix.contiguous()
-    return matrix.clone(memory_format=torch.contiguous_format) if matrix.data_ptr() % 16 else matrix
-
-
 def _no_gpu(x: Tensor) -> str | None:
     if not x.is_cuda:
         return f"tensors on {x.device}"
@@ -297,30 +233,30 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# Partial sums and counters of arrivals, by device, stream, and whether calls are captured in a graph.
-_workspaces: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}
-# The key of the workspace that captured calls use instead of their stream's.
-_CAPTURED = -1
+# Partial sums and counters of arrivals, by device, stream, and whether calls on it are captured in a graph;
+# and one a device that the next captured stream will get.
+_workspaces: dict[tuple[int | None, int, bool], tuple[Tensor, Tensor]] = {}
+_spares: dict[int | None, tuple[Tensor, Tensor]] = {}
 
 
 def _workspace(device: torch.device, dealt: Plan) -> tuple[Tensor, Tensor]:
     """Room for the partial sums of split tiles, and counters, which are 0 before and after every launch.
 
-    Kept for each stream, since two streams may run at once, and as large as any choice needs it (35 MB on
-    132 multiprocessors): a graph goes on using the one it was captured with. Captured calls share one of
-    their own, made by an earlier call that was not captured; so graphs of one device are replayed one after
-    another.
+    Kept for each stream, since two streams may run at once, branches of a graph among them, and as large as
+    any choice needs it (35 MB on 132 multiprocessors): a graph goes on using the one it was captured with.
+    Graphs that were captured on one stream share it, and are to be replayed one after another.
     """
     if dealt.sharers == dealt.rest:
         return _nowhere(device)
-    if torch.cuda.is_current_stream_capturing():
-        # A new one is zeroed by the graph at every replay.
-        return _workspaces.get((device.index, _CAPTURED)) or _new_workspace(device)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    for key in ((device.index, stream), (device.index, _CAPTURED)):
-        if key not in _workspaces:
-            _workspaces[key] = _new_workspace(device)
-    return _workspaces[device.index, stream]
+    captured = torch.cuda.is_current_stream_capturing()
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream, captured)
+    if key not in _workspaces:
+        if captured and device.index not in _spares:
+            return _new_workspace(device)  # the graph zeroes it at every replay
+        _workspaces[key] = _spares.pop(device.index) if captured else _new_workspace(device)
+    if not captured and device.index not in _spares:
+        _spares[device.index] = _new_workspace(device)
+    return _workspaces[key]
 
 
 def _new_workspace(device: torch.device) -> tuple[Tensor, Tensor]:

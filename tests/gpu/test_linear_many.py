@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.reference import PackedWeight, Quantised, pack_weight
+from tests.equality import same
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -61,12 +62,6 @@ def run(x: Quantised, w: PackedWeight, **others: Any) -> Tensor:
     a, b = on_gpu(x), on_gpu(w)
     poison(2 * x.codes.shape[0] * w.packed.shape[0])
     return linear_many.linear(a, b, **moved).cpu()
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Equal to the bit, all NaNs taken for equal."""
-    nan = a.isnan()
-    return a.dtype == b.dtype and torch.equal(nan, b.isnan()) and torch.equal(a[~nan], b[~nan])
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -259,3 +254,52 @@ def test_offsets_above_31_bits() -> None:
         tail = torch.arange(rows - 16, rows)
         assert same(y[-16:].cpu(), expected[tail % 8])
         del y
+
+
+def test_streams_and_branches_of_a_graph_do_not_share_partial_sums() -> None:
+    choice = replace(linear_many.default(200, 1032, 1536), split=True)
+    given = [[on_gpu(value) for value in operands(200, 1032, 1536, seed=seed)] for seed in (1, 2)]
+    streams = [torch.cuda.Stream() for _ in given]
+    main = torch.cuda.current_stream()
+
+    def both() -> list[Tensor]:
+        found = []
+        origin = torch.cuda.current_stream()
+        for stream, (x, w) in zip(streams, given, strict=True):
+            stream.wait_stream(origin)
+            with torch.cuda.stream(stream):
+                found.append(linear_many.linear(x, w, dtype=torch.float32, choice=choice))
+        for stream in streams:
+            origin.wait_stream(stream)
+        return found
+
+    want = [linear_many.linear(x, w, dtype=torch.float32, choice=choice) for x, w in given]
+    for _ in range(20):
+        assert all(torch.equal(*pair) for pair in zip(both(), want, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = both()
+    for _ in range(20):
+        for y in found:
+            y.fill_(NAN)
+        graph.replay()
+        main.synchronize()
+        assert all(torch.equal(*pair) for pair in zip(found, want, strict=True))
+
+
+def test_a_graph_outlives_larger_products_after_it() -> None:
+    small, large = ([on_gpu(value) for value in operands(rows, 1032, 1536)] for rows in (64, 2100))
+    choice = replace(linear_many.default(64, 1032, 1536), split=True)
+    want = linear_many.linear(*small, dtype=torch.float32, choice=choice)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear_many.linear(*small, dtype=torch.float32, choice=choice)
+    for split in (False, True):
+        linear_many.linear(
+            *large, dtype=torch.float32, choice=replace(linear_many.default(2100, 1032, 1536), split=split)
+        )
+        poison(2**22)
+        y.fill_(NAN)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, want)

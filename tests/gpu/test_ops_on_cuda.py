@@ -26,6 +26,7 @@ from methods.method import Context
 from methods.pipeline import quantise as quantise_model
 from methods.registry import parse_method
 from tests import families
+from tests.equality import same
 from tests.methods.small_checkpoint import CALIBRATION, save
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -66,16 +67,6 @@ def both(call: Callable[[], Any]) -> tuple[Any, Any]:
     (counts,) = ops.implementations().values()
     assert counts.pop("triton") == 1 and all("asked for" in name for name in counts)
     return kernel, reference
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """To the bit, NaN where there is NaN."""
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and torch.equal(a.isnan(), b.isnan())
-        and torch.equal(a.nan_to_num(), b.nan_to_num())
-    )
 
 
 @pytest.mark.parametrize("rows", [1, 7, ops.FEW_ROWS, ops.FEW_ROWS + 1, 300])

@@ -127,6 +127,10 @@ def test_floors_count_multiply_adds(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (("--threads", "-1"), "--threads"),
         (("--context", "0"), "--context"),
         (("--device", "abacus"), "'abacus'"),
+        (("--layers", "qkv"), "--layers: only with --device cuda"),
+        (("--by", "ours"), "--by: only"),
+        (("--prepare", "2"), "--prepare: only"),
+        (("--commit", "abc"), "--commit: only"),
     ],
 )
 def test_a_mistake_is_one_line(

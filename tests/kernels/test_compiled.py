@@ -3,6 +3,8 @@ there, and the numbers on record are those found. Small kernels and hand-written
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import os
 import re
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import compiled, ops
+from kernels import compiled, ops, tuning
 
 if (reason := ops.unfit_triton()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -66,6 +68,46 @@ def test_the_numbers_on_record_are_those_found(found: dict[str, Facts], name: st
         pytest.skip(f"nothing is on record for triton {triton.__version__}")
     now = compiled.record({name: found[name]})["triton"][triton.__version__]["kernels"][name]
     assert now == entry["kernels"][name], "record it: python -m kernels.compiled --out " + RECORD.name
+
+
+def tuned() -> dict[str, Compilation]:
+    """What the tuning table makes of the linears: every kernel once, by the first shape that has it."""
+    found: dict[str, tuple[str, Compilation]] = {}
+    for operations in tuning.read_table().values():
+        for operation, shapes in operations.items():
+            module: Any = importlib.import_module(f"kernels.triton.{operation}")
+            for key, values in shapes.items():
+                rows, outputs, inputs = map(int, key.split("x"))
+                choice = tuning.with_values(module.Choice(), values, key)
+                if operation == "linear_many":  # whose kernel is not made for a size
+                    made = module._compilation(key, choice, rows=rows)
+                else:
+                    groups = {"group": 128} if operation == "linear_a16" else {}
+                    made = module.compilation(key, rows, outputs, inputs, choice, **groups)
+                constants = {name: value for name, value in made.constexprs.items() if name != "STRIDE"}
+                found.setdefault(f"{operation} {constants} {made.options}", (f"{operation} {key}", made))
+    return dict(found.values())
+
+
+TUNED = tuned()
+SPILLED = {
+    "linear_a16 16x4096x4096": 8,
+    "linear_a16 16x4096x14336": 184,
+    "linear_few 1x4096x14336": 16,
+}
+"""Bytes of a thread that choices spill which are the fastest in spite of that. Others have none to lose."""
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_a_tuned_kernel_compiles_and_spills_no_more_than_is_known(name: str) -> None:
+    facts = compiled.facts(TUNED[name])
+    assert facts.missing == ()
+    assert facts.registers <= compiled.MAX_REGISTERS and facts.shared <= compiled.MAX_SHARED
+    assert facts.stack <= SPILLED.get(name, 0), (facts.spill_loads, facts.spill_stores)
+
+
+def test_known_spills_are_of_tuned_kernels() -> None:
+    assert set(SPILLED) <= set(TUNED)
 
 
 @triton.jit
@@ -250,6 +292,58 @@ def test_a_record_keeps_other_versions_of_triton_for_the_same_code_alone() -> No
     assert list(new["triton"]) == ["0.1", triton.__version__]
     assert new["triton"]["0.1"] == entry
     assert new["triton"][triton.__version__]["kernels"] == {"a": entry["kernels"]["a"] | {"registers": 30}}
+
+
+def test_a_record_of_some_keeps_the_others_of_the_same_code() -> None:
+    old = compiled.record({"b": facts_of(10), "a": facts_of(20)})
+    new = compiled.record({"a": facts_of(30), "c": facts_of(40)}, old, partial=True)
+    kernels = new["triton"][triton.__version__]["kernels"]
+    assert {name: kept["registers"] for name, kept in kernels.items()} == {"a": 30, "b": 10, "c": 40}
+    assert list(kernels) == ["a", "b", "c"]
+    old["triton"][triton.__version__]["code"] = "another"
+    with pytest.raises(ValueError, match="other code"):
+        compiled.record({"a": facts_of(30)}, old, partial=True)
+
+
+class TestCommand:
+    """`python -m kernels.compiled`, with facts that are not found anew."""
+
+    @pytest.fixture(autouse=True)
+    def known(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        some = {name: facts_of(number) for number, name in enumerate(("linear a", "linear b"))}
+        monkeypatch.setattr(compiled, "compilations", lambda: dict(some))
+        monkeypatch.setattr(compiled, "measure", lambda names, processes: {n: some[n] for n in names})
+
+    def test_one_is_recorded_beside_the_others(self, tmp_path: Path) -> None:
+        out = tmp_path / "made" / "record.json"
+        assert compiled.main(["--out", str(out)]) == 0
+        whole = out.read_text()
+        assert compiled.main(["--only", "b", "--out", str(out)]) == 0
+        assert out.read_text() == whole
+
+    def test_what_matches_nothing_is_an_error(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert compiled.main(["--only", "x", "--out", str(tmp_path / "record.json")]) == 2
+        assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("text", ["[", "[]", "{}", '{"triton": {"3": {}}}', '{"triton": {"3": []}}'])
+    def test_a_damaged_record_is_one_line_and_stays(
+        self, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / "record.json"
+        out.write_text(text)
+        assert compiled.main(["--out", str(out)]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1 and captured.out == "" and out.read_text() == text
+
+    def test_a_missing_instruction_is_a_failure(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        lacking = dataclasses.replace(facts_of(1), missing=("IMMA",))
+        monkeypatch.setattr(compiled, "measure", lambda names, processes: {"linear a": lacking})
+        assert compiled.main([]) == 1
+        assert "linear a: no IMMA" in capsys.readouterr().err
 
 
 def test_the_table_names_what_matters() -> None:

@@ -7,6 +7,7 @@ The kernels are stand-ins too: the reference under their names.
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         module = types.ModuleType(operation)
         for name, function in functions.items():
             setattr(module, name, function)
+        module.Choice = dict  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, f"kernels.triton.{operation}", module)
     for package in ("humming.layer", "humming.ops", "gemlite.core", "bitsandbytes", "mslk"):
         monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
@@ -54,7 +56,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def at_rest_too(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda x, w, *, weights_at_rest=False, **rest: linear(x, w, **rest)
+    return lambda x, w, *, weights_at_rest=False, choice=None, **rest: linear(x, w, **rest)
 
 
 def overlapped_too(quantise: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,9 +89,12 @@ def test_a_linear_of_int8_inputs_meets_its_peers(count: int) -> None:
     assert first.name == "bf16 cuBLAS" and first.speed == 1 and first.error == 0
     ours = {name for name, row in rows.items() if row.by == "ours" and row.reason is None}
     few = {"ours w4a8, weights at rest"}
-    many = {"ours w4a4", "ours w4a4 + quantise"}
+    launches = (", weights at rest", ", plain")
+    many = {"ours w4a4", *(f"ours w4a4 + quantise{launch}" for launch in launches)}
     between = few | {"ours w4a8, few-row kernel"}
-    expected = {"ours w4a8", "ours w4a8 + quantise"} | {1: few, 64: between, 128: many}[count]
+    always = {"ours w4a8", "ours w4a8, default choice"}
+    always |= {f"ours w4a8 + quantise{launch}" for launch in launches}
+    expected = always | {1: few, 64: between, 128: many}[count]
     assert ours == expected
     for row in rows.values():
         if row.by == "ours":
@@ -115,6 +120,71 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kernels.triton.linear_many", wrong)
     row = rows_of("w4a8", "o", 128)["ours w4a4"]
     assert row.reason is not None and "wrong" in row.reason and row.seconds == ()
+
+
+@pytest.mark.parametrize("layer, weights", [("o", 1), ("up, down", 2)])
+def test_a_chain_runs_linears_one_behind_the_other(layer: str, weights: int) -> None:
+    rows = rows_of("chain", layer, 4)
+    assert list(rows) == [each.name for each in gpu_contests.CHAIN]
+    for name, row in rows.items():
+        if not name.startswith("humming"):
+            assert row.reason is None and row.error is not None and row.error < 0.4
+            assert row.multiply_adds == (4 * 256 * 256 if weights == 1 else 2 * 4 * 256 * 512)
+    assert rows["humming w4a8 + quantise"].reason is not None
+    assert rows_of("chain", layer, 128) == {}
+
+
+def test_the_default_choice_is_that_of_a_shape_without_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    few = types.ModuleType("linear_few")
+
+    def linear(x: Any, w: Any, *, choice: Any, weights_at_rest: bool, **rest: Any) -> Tensor:
+        given.append(choice)
+        return reference.linear(x, w, **rest)
+
+    few.linear, few.default = linear, lambda *shape: shape  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kernels.triton.linear_few", few)
+    contest = next(gpu_bench.contests(("llama-3-8b", "w4a8", "qkv"), [4], gpu_bench.BY, L2, CPU))
+    for name in ("ours w4a8, default choice", "ours w4a8"):
+        contest.entrants[name][1]()
+    assert set(given) == {(4, 512, 256), None}
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("change, off", [(0.0, False), (1e-3, None), (0.5, True), (float("nan"), True)])
+def test_a_replay_that_differs_is_found(exact: bool, change: float, off: bool | None) -> None:
+    made = torch.randn(100, 8)
+    codes = torch.randint(-8, 8, (100, 8), dtype=torch.int8)
+    replayed = made.clone()
+    replayed[-1] += change
+    calls = [lambda: (made, None, [codes])] * 3
+    replay = Replay(lambda: None, 3, eager=False, results=[calls[0](), calls[1](), (replayed, None, [codes])])
+    assert timing.differs(replay, calls, exact) is (exact if off is None else off)
+    replay = Replay(lambda: None, 3, eager=False, results=[(made, None, [-codes])] * 3)
+    assert timing.differs(replay, calls, exact)
+    assert not timing.differs(Replay(lambda: None, 3, eager=True), calls, exact)
+
+
+def test_what_a_replay_got_wrong_is_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(calls: Sequence[Callable[[], object]], device: torch.device) -> Replay:
+        first = calls[0]()
+        results = [torch.zeros_like(first) if isinstance(first, Tensor) else first] * len(calls)
+        return Replay(lambda: None, len(calls), eager=False, results=results)
+
+    monkeypatch.setattr(gpu_bench, "recorded", wrong)
+    row = rows_of("w4a8", "o", 4)["ours w4a8"]
+    assert row.reason == "its replayed result differs" and row.seconds == () and row.speed is None
+
+
+def test_a_pass_that_is_not_the_references_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = types.ModuleType("hadamard_quantise")
+    wrong.hadamard_quantise = lambda x, *, size, inner, **rest: (  # type: ignore[attr-defined]
+        None,
+        reference.quantise(x, **rest),
+    )
+    monkeypatch.setitem(sys.modules, "kernels.triton.hadamard_quantise", wrong)
+    row = rows_of("hadamard", "hidden", 4)["ours a4"]
+    assert row.reason is not None and "not the reference's" in row.reason
 
 
 def test_a_call_that_raises_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +263,7 @@ def test_a_run_is_written_row_by_row(
     )
     gpu_bench.run(asked, "the command", {"code": "def"}, CPU)
     record: dict[str, Any] = json.loads(out.read_text())
+    assert record["replays_compared"] is True
     assert record["command"] == "the command" and record["commit"] == "abc"
     assert record["machine"] == {"code": "def", "device": "a GPU", "l2_bytes": L2}
     assert record["before"] == record["after"] == {"pstate": "P0"}
@@ -219,6 +290,8 @@ def test_a_machine_without_a_gpu_is_told_so(capsys: pytest.CaptureFixture[str]) 
         (("--operations", "linear"), "'linear': choose among w4a8"),
         (("--by", "marlin"), "'marlin': choose among ours"),
         (("--prepare", "-1"), "--prepare"),
+        (("--context", "9"), "--context: only on a CPU"),
+        (("--threads", "2"), "--threads: only on a CPU"),
     ],
 )
 def test_a_mistake_on_a_gpu_is_one_line(
@@ -231,6 +304,7 @@ def test_a_mistake_on_a_gpu_is_one_line(
 
 def test_machine_state_is_empty_where_nothing_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_bench.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gpu_bench, "gpu_id", str)
     assert gpu_bench.smi(gpu_bench.STATE, CPU) == {}
     assert len(tuning.table_sha256()) == 64
     assert peers.version("no-such-package") == "not installed" and peers.version("torch")
@@ -278,3 +352,40 @@ def test_humming_is_called_as_its_documentation_says(monkeypatch: pytest.MonkeyP
         for name in ("weight", "weight_scale", "locks"):
             assert len({call[name].data_ptr() for call in calls}) == linear.copies == 2
         assert linear.weight_bytes == 4 * 8 * 32 + 4 * 8
+
+
+def test_nvidia_smi_is_asked_for_the_gpu_that_torch_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def answers(command: list[str], **rest: Any) -> Any:
+        asked.append(command)
+        return types.SimpleNamespace(stdout="P0, 1980 MHz\n")
+
+    found = types.SimpleNamespace(uuid="01234567-89ab")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(gpu_bench.shutil, "which", lambda name: name)
+    monkeypatch.setattr(gpu_bench.subprocess, "run", answers)
+    device = torch.device("cuda", 1)
+    assert gpu_bench.smi("pstate,clocks.sm", device) == {"pstate": "P0", "clocks.sm": "1980 MHz"}
+    assert asked[0][-2:] == ["-i", "GPU-01234567-89ab"]
+    del found.uuid
+    assert gpu_bench.gpu_id(device) == "1"
+
+
+def test_changed_sources_are_not_called_a_commit(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    assert gpu_bench.commit_here(tmp_path) is None
+    git("init")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "one.py").write_text("")
+    git("add", ".")
+    git("commit", "-m", "one")
+    clean = gpu_bench.commit_here(tmp_path / "kernels")
+    assert clean is not None and len(clean) == 40
+    (tmp_path / "notes").write_text("")
+    assert gpu_bench.commit_here(tmp_path / "kernels") == clean
+    (tmp_path / "kernels" / "one.py").write_text("1")
+    assert gpu_bench.commit_here(tmp_path / "kernels") == f"{clean}+changes"

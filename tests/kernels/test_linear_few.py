@@ -13,6 +13,7 @@ from kernels.reference import PackedWeight, Quantised, pack_weight, quantise
 pytest.importorskip("triton", reason="needs triton")
 
 from kernels.triton import linear_a16, linear_few
+from kernels.triton.few_rows import tokens
 
 
 def weight(outputs: int = 24, inputs: int = 512, group: int | None = None, bits: int = 4) -> PackedWeight:
@@ -46,20 +47,34 @@ ALONG_OUTPUTS = pack_weight(torch.zeros(24, 512, dtype=torch.int8), torch.ones(2
         (codes(), UNSIGNED, {}, "zero-points"),
         (quantise(torch.randn(3, 512), 8, symmetric=False), weight(), {}, "zero-points"),
         (quantise(torch.randn(3, 512), 8, symmetric=True, group=64), weight(), {}, "groups of inputs"),
-        (codes(), weight(), {"dtype": torch.float64}, r"results of torch\.float64"),
+        (codes(), weight(), {"dtype": torch.float64}, r"torch\.float64 results"),
         (codes(), weight(), {"x_keep": KEPT, "w_keep": KEPT.new_zeros(24, 16)}, None),
-        (codes(), weight(), {"x_keep": KEPT, "w_keep": KEPT.new_zeros(24, 8)}, "kept weights"),
-        (codes(), weight(), {"x_keep": KEPT}, "kept channels without their weights"),
-        (codes(), weight(), {"x_keep": KEPT.float(), "w_keep": torch.zeros(24, 16)}, "kept channels of"),
+        (codes(), weight(), {"x_keep": KEPT, "w_keep": KEPT.new_zeros(24, 32)}, "that do not fit"),
+        (codes(), weight(), {"x_keep": KEPT}, "kept channels without both"),
+        (codes(), weight(), {"x_keep": KEPT.float(), "w_keep": torch.zeros(24, 16)}, "kept channels in"),
+        (codes(), weight(), {"x_keep": KEPT[:, :8], "w_keep": KEPT.new_zeros(24, 8)}, "8 kept channels"),
+        (codes(), weight(), {"bias": torch.zeros(3)}, r"bias \(3,\) that does not fit"),
+        (codes(), weight(), {"bias": torch.zeros(24, dtype=torch.float64)}, "bias in"),
+        (codes(), weight(), {"row_scale": torch.ones(1, 1)}, "row_scale"),
+        (replace(codes(), scale=torch.ones(1, 1)), weight(), {}, "input scales"),
+        (
+            codes(),
+            replace(weight(), packed=weight(inputs=1024).packed[:, :256]),
+            {},
+            "not contiguous and aligned",
+        ),
+        (codes(), replace(weight(), scale=torch.ones(3, 1)), {}, "for 24 outputs"),
+        (codes(1, 65536), weight(2, 65536), {}, "a weight of 2 x 65536"),
         (floats(), weight(), {}, None),
         (floats(), weight(group=128), {}, None),
+        (floats().requires_grad_(), weight(), {}, "need gradients"),
         (floats(), UNSIGNED, {}, None),
-        (floats(dtype=torch.float32), weight(), {}, r"inputs of torch\.float32"),
+        (floats(dtype=torch.float32), weight(), {}, r"inputs in torch\.float32"),
         (floats(), weight(group=32), {}, "groups of 32"),
         (floats(inputs=384), weight(inputs=384, group=128), {}, "divide K / 2 = 192"),
         (floats(), ALONG_OUTPUTS, {}, "groups along axis 0"),
         (floats(100), weight(), {}, "100 rows"),
-        (floats(), weight(), {"x_keep": KEPT, "w_keep": KEPT.new_zeros(24, 16)}, "kept channels"),
+        (floats(), weight(), {"x_keep": KEPT, "w_keep": KEPT.new_zeros(24, 16)}, "kept channels beside"),
     ],
 )
 def test_what_is_refused_is_named(
@@ -77,8 +92,16 @@ def test_what_is_refused_is_named(
 
 def test_scales_of_another_type_are_refused() -> None:
     double = replace(weight(), scale=torch.ones(24, 1, dtype=torch.float64))
-    assert "float64" in str(linear_few.unsupported(codes(), double, dtype=torch.float32))
-    assert "float64" in str(linear_a16.unsupported(floats(), double, dtype=torch.float32))
+    for reason in (
+        linear_few.unsupported(codes(), double, dtype=torch.float32),
+        linear_a16.unsupported(floats(), double, dtype=torch.float32),
+    ):
+        assert reason == "scales that are not float32"
+
+
+def test_each_takes_its_own_kind_of_inputs() -> None:
+    assert linear_few.unsupported(floats(), weight(), dtype=torch.float32) == "floating-point inputs"
+    assert linear_a16.unsupported(codes(), weight(), dtype=torch.float32) == "quantised inputs"
 
 
 @pytest.mark.parametrize("rows", [1, 4, 8, 16, 32, 64])
@@ -90,5 +113,5 @@ def test_candidates_are_as_many_as_can_be_tried_and_fit(rows: int, inputs: int) 
         for choice in choices:
             pieces = -(-inputs // 2 // (getattr(choice, "piece", 64) * choice.warps))
             assert 1 <= choice.ahead <= pieces and 1 <= choice.x_ahead <= pieces
-            shared = 4 * choice.warps * min(choice.outputs, 64) * max(8, rows)
+            shared = 4 * choice.warps * choice.outputs * tokens(rows, module.MOST_TOKENS)
             assert shared <= 227 * 1024

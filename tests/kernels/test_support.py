@@ -93,4 +93,5 @@ def test_the_command_prints_the_table_or_says_what_it_needs(
     monkeypatch.setattr(__main__, "unfit_triton", lambda: "triton is not installed")
     assert __main__.main() == 2
     found = capsys.readouterr()
-    assert not found.out and found.err == "quantgrid: triton is not installed: pip install 'quantgrid[gpu]'\n"
+    said = "quantgrid: triton is not installed: pip install --no-deps 'triton==3.6.*'\n"
+    assert not found.out and found.err == said

@@ -44,6 +44,7 @@ def forgotten() -> Any:
 
 
 def clear() -> None:
+    tuning._content.cache_clear()
     tuning._table.cache_clear()
     tuning._chosen.cache_clear()
 
@@ -58,7 +59,8 @@ def test_a_shape_in_the_table_has_its_choice_and_others_the_default(table: Path)
     for rows in range(9, 17):  # rows round up to a power of two
         found = tuning.lookup("linear_few", CUDA, rows, 6144, 4096, Choice())
         assert found == Choice(32, True)
-    assert tuning.lookup("linear_few", CUDA, 1, 8, 8, Choice(split=True)) == Choice(16, True)
+    # What an entry leaves out does not depend on the shape's default.
+    assert tuning.lookup("linear_few", CUDA, 1, 8, 8, Choice(split=True)) == Choice(16, False)
     default = Choice(1, True)
     for operation, rows, outputs, inputs in (
         *(("linear_few", 8, 6144, 4096), ("linear_few", 17, 6144, 4096)),
@@ -72,9 +74,9 @@ def test_a_shape_in_the_table_has_its_choice_and_others_the_default(table: Path)
     ("values", "message"),
     [
         ({"tyle": 32}, "tyle = 32 is not one of tile, split"),
-        ({"tile": "32"}, "tile = '32' is not a int"),
-        ({"tile": True}, "tile = True is not a int"),
-        ({"split": 1}, "split = 1 is not a bool"),
+        ({"tile": "32"}, "tile = '32' is not of type int"),
+        ({"tile": True}, "tile = True is not of type int"),
+        ({"split": 1}, "split = 1 is not of type bool"),
     ],
 )
 def test_a_value_that_no_kernel_knows_is_an_error(table: Path, values: Any, message: str) -> None:
@@ -107,6 +109,14 @@ def test_a_table_is_written_one_line_a_shape_and_reads_back(table: Path) -> None
     assert tuning.table_sha256() == hashlib.sha256(table.read_bytes()).hexdigest()
 
 
+def test_the_hash_is_that_of_the_table_that_was_read(table: Path) -> None:
+    fill(table, linear_few={"1x8x8": {"tile": 16}})
+    before = tuning.table_sha256()
+    table.write_text("{}", encoding="utf-8")
+    assert tuning.lookup("linear_few", CUDA, 1, 8, 8, Choice()) == Choice(16)
+    assert tuning.table_sha256() == before != hashlib.sha256(table.read_bytes()).hexdigest()
+
+
 def test_the_projects_table_fits_its_kernels() -> None:
     if (reason := ops.unfit_triton()) is not None:
         pytest.skip(reason)
@@ -126,6 +136,65 @@ def test_tuning_needs_a_gpu_and_says_so_in_a_line(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tune.main([]) == 2
     assert capsys.readouterr().err == "quantgrid: tuning needs a CUDA GPU\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--rows", "3"), "--rows 3: tuned rows are 1, 2, 4, "),
+        (("--operations", "linear_few", "--rows", "8192"), "so many rows"),
+    ],
+)
+def test_what_would_tune_nothing_is_refused(
+    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_a_table_is_opened_before_anything_is_compiled(table: Path) -> None:
+    fill(table, linear_few={"1x8x8": {"tile": 16}})
+    new = table.with_name("folder") / "new.json"
+    assert tune.opened(new) == tuning.read_table() == tune.opened(table)
+    assert list(new.parent.iterdir()) == []
+    new.write_text("[]")
+    with pytest.raises(ValueError, match="damaged"):
+        tune.opened(new)
+    with pytest.raises(OSError, match="exists"):
+        tune.opened(new / "beyond.json")
+
+
+@pytest.mark.parametrize(("damaged", "code"), [(True, 2), (False, 2)])
+def test_a_table_that_cannot_be_used_is_one_line(
+    table: Path,
+    damaged: bool,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(ops, "no_kernels_on", lambda device: None)
+    monkeypatch.setattr(tune, "jobs", lambda *asked: pytest.fail("compiled"))
+    if damaged:
+        table.write_text("[")
+    out = table if damaged else table / "beyond.json"
+    assert tune.main(["--out", str(out)]) == code
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_run_without_a_result_is_no_success(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(ops, "no_kernels_on", lambda device: None)
+    monkeypatch.setattr(tune, "precompile", lambda todo, processes, seconds: set())
+    monkeypatch.setattr(tune, "jobs", lambda *asked: iter([tune.Job("linear_few", Choice(), 1, 8, (8,))]))
+    before = table.read_bytes()
+    assert tune.main(["--out", str(table)]) == 2
+    assert "nothing could be timed" in capsys.readouterr().err and table.read_bytes() == before
 
 
 def test_jobs_cover_every_candidate_once(monkeypatch: pytest.MonkeyPatch) -> None:
