@@ -119,27 +119,25 @@ def unsupported(
     zero: Tensor | None = None,
 ) -> str | None:
     """Why `quantise` cannot run here, in a phrase, or None."""
-    return _device_and_dtype(x) or unsupported_quantiser(
+    return unsupported_input(x) or unsupported_quantiser(
         x, x.shape[-1], bits=bits, symmetric=symmetric, clip=clip, group=group, scale=scale, zero=zero
     )
 
 
-def _device_and_dtype(x: Tensor) -> str | None:
+def unsupported_input(x: Tensor, keep: int = 0, *others: Tensor | None) -> str | None:
+    """Why no kernel of these passes can take x with its first `keep` channels kept, or None. others: operands
+    that a gradient may be wanted for, beside x."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+        return "inputs that need gradients"
     if not x.is_cuda and not triton.knobs.runtime.interpret:
         return f"a tensor on the {x.device.type.upper()}"
     if x.dtype not in DTYPES:
         return f"{x.dtype} inputs"
     if not 0 < x.shape[-1] <= LARGEST_ROW:
         return f"rows of {x.shape[-1]} values (1 to {LARGEST_ROW} fit)"
-    return None
-
-
-def unsupported_input(x: Tensor, keep: int) -> str | None:
-    """Why no kernel of these passes can take x with its first `keep` channels kept, or None."""
-    reason = _device_and_dtype(x)
-    if reason is None and not 0 <= keep < x.shape[-1]:
+    if not 0 <= keep < x.shape[-1]:
         return f"{keep} kept of {x.shape[-1]} channels"
-    return reason
+    return None
 
 
 def unsupported_quantiser(
@@ -168,6 +166,8 @@ def unsupported_quantiser(
         return "a static zero-point, which asymmetric codes need and symmetric ones cannot have"
     for name, static in (("scale", scale), ("zero-point", zero)):
         if static is not None:
+            if torch.is_grad_enabled() and static.requires_grad:
+                return f"a static {name} that needs gradients"
             if static.device != x.device:
                 return f"a static {name} on another device"
             fits = static.dim() <= x.dim() and all(

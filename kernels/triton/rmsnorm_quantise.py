@@ -164,7 +164,7 @@ def unsupported(
     **quantiser: Unpack[Quantiser],
 ) -> str | None:
     """Why `rmsnorm_quantise` cannot run here, in a phrase, or None."""
-    reason = unsupported_input(x, keep)
+    reason = unsupported_input(x, keep, gain, row_scale)
     if reason is not None:
         return reason
     n = x.shape[-1]

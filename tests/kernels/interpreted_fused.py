@@ -1,0 +1,252 @@
+"""The fused quantising kernels as Triton interprets them, beside the reference: a program of its own, because
+a process either compiles or interprets. tests/kernels/test_triton_fused.py runs it with TRITON_INTERPRET=1.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.reference import Quantised
+from kernels.triton import hadamard_quantise as hadamard_module
+from kernels.triton import quantise as quantise_module
+from kernels.triton import rmsnorm_quantise as rmsnorm_module
+from kernels.triton import rounding
+from tests.equality import same, same_codes
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a b + c for float32 numbers, held in float64, rounded to float32 once.
+
+    The product is exact in float64. The sum is rounded to odd first, which cannot change the second rounding.
+    """
+    product = a * b
+    total = product + c
+    part = total - product
+    lost = (product - (total - part)) + (c - part)
+    even = total.view(np.int64) % 2 == 0
+    toward = np.nextafter(total, np.where(lost > 0, np.inf, -np.inf))
+    return np.where((lost != 0) & even, toward, total).astype(np.float32).astype(np.float64)
+
+
+def complete_the_interpreter() -> None:
+    """Give Triton 3.6's interpreter the device's arithmetic where its own differs: bfloat16 rounds to
+    nearest, products of it are products of numbers, fma rounds once, and plain minima and maxima drop NaN.
+    The extremes of rows are numpy's, which keep a NaN as well and need no call of Python for each element."""
+    import triton.language as tl
+    import triton.runtime.interpreter as interpreter
+    from triton.runtime.interpreter import TensorHandle
+
+    patch, builder = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder
+    cast, reduce = builder.cast_impl, interpreter.ReduceOps.generic_reduce
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def widened(handle: Any) -> np.ndarray:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle.data.astype(np.float32)
+        return (handle.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+    def converted(self: Any, source: Any, target: Any) -> Any:
+        kinds = source.dtype.scalar, target.scalar
+        if kinds == (tl.bfloat16, tl.float32):
+            return TensorHandle(widened(source), tl.float32)
+        if kinds == (tl.float32, tl.bfloat16):
+            narrow = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
+            return TensorHandle(narrow.view(torch.uint16).numpy().reshape(source.data.shape), tl.bfloat16)
+        return cast(self, source, target)
+
+    def product(self: Any, a: Any, b: Any, c: Any, *_: Any) -> Any:
+        return TensorHandle(widened(a) @ widened(b) + c.data, c.dtype.scalar)
+
+    def extreme(self: Any, values: Any) -> Any:
+        for combine, numpys in ((rounding.larger, np.max), (rounding.smaller, np.min)):
+            if self.combine_fn is combine:
+                return self.min_max(values, val_reduce_op=numpys)
+        return reduce(self, values)
+
+    def once(self: Any, a: Any, b: Any, c: Any) -> Any:
+        numbers = np.broadcast_arrays(*(h.data.astype(np.float64) for h in (a, b, c)))
+        return TensorHandle(fused(*numbers).astype(np.float32), c.dtype.scalar)
+
+    interpreter._patch_lang_tensor, interpreter.ReduceOps.generic_reduce = patched, extreme
+    builder.cast_impl = builder.create_fp_ext = builder.create_fp_trunc = converted
+    builder.create_fp_to_fp = lambda self, source, target, _: converted(self, source, target)
+    builder.create_dot, builder.create_fma = product, once
+    builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+
+
+def hard_rows(n: int, dtype: torch.dtype) -> Tensor:
+    """Plain, zero, outlier, tiny, NaN, Inf, halves (many ties); the smallest and the largest numbers."""
+    x = random(11, n, dtype=torch.float64) * 3
+    x[1], x[2, 3] = 0.0, 1e4
+    x[3] *= 1e-6
+    x[4, 5], x[5, 6], x[6, 7] = float("nan"), float("inf"), -float("inf")
+    x[7] = torch.randint(-14, 15, (n,), generator=torch.Generator().manual_seed(1)) / 2
+    x[7, 0] = -7.0
+    x[8] = x[7] * torch.finfo(dtype).smallest_normal / 16
+    x[9] = x[7] / 8 * torch.finfo(dtype).max
+    x[10, 1:] = 0.0
+    return x.to(dtype)
+
+
+def interpret_quantise() -> None:
+    one = torch.tensor(0.3)
+    for dtype in DTYPES:
+        x = hard_rows(100, dtype)
+        for bits in (2, 4, 8):
+            quantisers: list[dict[str, Any]] = [
+                {"symmetric": True},
+                {"symmetric": True, "clip": 0.9},
+                {"symmetric": False},
+                {"symmetric": False, "clip": 0.8},
+                {"symmetric": True, "scale": one},
+                {"symmetric": False, "scale": one, "zero": torch.tensor(2.0)},
+                {"symmetric": True, "scale": torch.rand(11, 1) + 0.1},
+            ]
+            for quantiser in quantisers:
+                found = quantise_module.quantise(x, bits, **quantiser)
+                assert same_codes(found, reference.quantise(x, bits, **quantiser)), (dtype, bits, quantiser)
+        for shape in ((0, 8), (8,), (2, 3, 33), (70, 5)):
+            x = random(*shape, dtype=dtype)
+            found = quantise_module.quantise(x, 4, symmetric=True)
+            assert same_codes(found, reference.quantise(x, 4, symmetric=True)), shape
+        x = random(6, 64, dtype=dtype)
+        for view in (x[::2, :48], x.T):
+            found = quantise_module.quantise(view, 4, symmetric=True)
+            assert same_codes(found, reference.quantise(view, 4, symmetric=True))
+
+
+def interpret_rmsnorm() -> None:
+    for dtype in DTYPES:
+        x, gain = hard_rows(96, dtype), random(96, seed=3, dtype=dtype)
+        row_scale = random(11, 1, seed=4).abs()
+        cases: list[dict[str, Any]] = [
+            {},
+            {"gain": gain, "keep": 8},
+            {"gain": gain[:1], "row_scale": row_scale, "divisor": 90},
+        ]
+        for case in cases:
+            quantiser: dict[str, Any] = {"bits": 4, "symmetric": True, "clip": 0.9}
+            kept, q, rms = rmsnorm_module.rmsnorm_quantise(x, eps=1e-5, **case, **quantiser)
+            torch.testing.assert_close(
+                rms, reference.rmsnorm_quantise(x, eps=1e-5, **case, **quantiser)[2], equal_nan=True
+            )
+            # Given the rms, the rest is the reference's to the bit.
+            y = (x / rms).to(dtype)
+            y = y * case["gain"] if "gain" in case else y
+            keep = case.get("keep", 0)
+            assert same(kept, y[:, :keep] if keep else None)
+            assert same_codes(q, reference.quantise(y[:, keep:], **quantiser)), (dtype, case)
+
+
+# Each takes another way through the kernel: n, size, inner, and what is chosen.
+TRANSFORMS: list[tuple[int, int, int, dict[str, int]]] = [
+    (56, 28, 1, {}),  # the fast product alone, its columns padded
+    (512, 128, 1, {}),
+    (256, 256, 1, {}),  # both, the matrices in their order
+    (576, 576, 1, {}),  # a core of 36, padded to 64
+    (1024, 1024, 1, {}),  # the matrices permuted
+    (1024, 1024, 1, {"stages": 1, "programs": 1}),  # ... and the next row in registers
+    (1536, 1536, 1, {"stages": 1, "height": 64}),  # ... with a core of 12
+    (2048, 2048, 1, {"stages": 1, "height": 16}),  # ... in two tiles beside each other
+    (2048, 2048, 1, {"stages": 3, "height": 16}),
+    (1024, 128, 4, {}),  # across channels, two blocks
+    (864, 24, 36, {"stages": 1}),  # columns padded, and the next row in registers
+    (96, 12, 4, {}),  # two blocks of padded rows
+]
+
+
+def interpret_hadamard() -> None:
+    for dtype in DTYPES:
+        for n, size, inner, fields in TRANSFORMS[:: 1 if dtype == torch.bfloat16 else 3]:
+            choice = hadamard_module.Choice(**fields)
+            x = hard_rows(n, dtype)
+            y = hadamard_module.hadamard(x, size=size, inner=inner, choice=choice)
+            plain = x[[0, 1, 2, 3, 7, 10]]
+            exact = reference.online_hadamard(plain.double(), size, inner)
+            error, own = (
+                (out.double() - exact).abs().amax(-1)
+                for out in (y[[0, 1, 2, 3, 7, 10]], reference.online_hadamard(plain, size, inner))
+            )
+            where = (dtype, n, size, inner, fields)
+            assert bool((error <= 1.1 * own + 2.0**-17 * exact.abs().amax(-1)).all()), (where, error, own)
+            for keep, quantiser in list(quantised_how(n))[: 5 if dtype == torch.bfloat16 else 3]:
+                kept, q = hadamard_module.hadamard_quantise(
+                    x, size=size, inner=inner, keep=keep, choice=choice, **quantiser
+                )
+                assert same(kept, y[:, :keep] if keep else None), where
+                want = reference.quantise(y[:, keep:], **quantiser)
+                assert same_codes(without_infinities(q), without_infinities(want)), (where, keep, quantiser)
+        rows_between_pairs(dtype)
+        kept_blocks_stay_alone(dtype)
+
+
+def quantised_how(n: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    yield 0, {"bits": 4, "symmetric": True}
+    yield n // 3, {"bits": 4, "symmetric": True, "clip": 0.9}
+    yield 0, {"bits": 8, "symmetric": False, "clip": 0.8}
+    yield 5, {"bits": 4, "symmetric": False}
+    yield 0, {"bits": 8, "symmetric": True, "scale": torch.tensor(0.05)}
+
+
+def without_infinities(q: Quantised) -> Quantised:
+    """A row without a finite scale is NaN to every linear; which kind it is depends on the padding."""
+    lost = ~q.scale.isfinite()
+    nan = torch.tensor(float("nan"))
+    zero = None if q.zero is None else q.zero.where(~lost, nan)
+    return Quantised(q.codes, q.scale.where(~lost, nan), zero, q.group, q.bits)
+
+
+def rows_between_pairs(dtype: torch.dtype) -> None:
+    """Rows that start between multiples of four bytes, by their step or by their beginning, that lie apart,
+    and that are all the same one: their codes are those of the same rows side by side."""
+    base = random(6, 1026, dtype=dtype)
+    odd = base.flatten()[: 6 * 1025].view(6, 1025)
+    for rows in (odd[:, :1024], odd[:, 1:], base[:, 1:1025], base[:, 2:], base[::2, :1024], base[:1, :1024]):
+        for view in (rows, rows[:1].expand(6, 1024)):
+            for stages in (1, 2):
+                choice = hadamard_module.Choice(stages=stages, programs=1)
+                found, want = (
+                    hadamard_module.hadamard_quantise(x, size=1024, choice=choice, bits=4, symmetric=True)[1]
+                    for x in (view, view.clone(memory_format=torch.contiguous_format))
+                )
+                assert same_codes(found, want), (dtype, view.stride(), stages)
+
+
+def kept_blocks_stay_alone(dtype: torch.dtype) -> None:
+    """NaN and Inf in a block that is kept do not reach the others, nor does what they make of its padding."""
+    for n, size, inner, keep in ((56, 28, 1, 28), (96, 12, 4, 48), (1152, 576, 1, 576)):
+        for poison in (float("nan"), float("inf")):
+            x = random(3, n, dtype=dtype)
+            clean = hadamard_module.hadamard_quantise(
+                x, size=size, inner=inner, keep=keep, bits=4, symmetric=True
+            )
+            x[1, 3] = poison
+            kept, q = hadamard_module.hadamard_quantise(
+                x, size=size, inner=inner, keep=keep, bits=4, symmetric=True
+            )
+            assert kept is not None and not bool(kept[1].isfinite().all())
+            assert same_codes(q, clean[1]), (dtype, n, size, inner)
+
+
+if __name__ == "__main__":
+    complete_the_interpreter()
+    interpret_quantise()
+    print("quantise")
+    interpret_rmsnorm()
+    print("rmsnorm")
+    interpret_hadamard()
+    print("hadamard")
