@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from harness import perplexity, stats
+from harness import execution, perplexity, stats
 from harness.agreement import Agreement, Codes, Output, Running, compare_codes
 from harness.perplexity import Windows
 from harness.stats import Row
@@ -69,7 +69,7 @@ def compare(
         running,
         (len(first), _common(first, second)),
         (*missing, *layers.missing),
-        ops.implementations(),
+        execution.implementations(),
     )
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness import environment, store
+from harness import environment, execution, store
 from harness.records import os_reason
 from harness.store import Record
 from harness.tables import table
@@ -286,7 +286,7 @@ def run(arguments: argparse.Namespace, command: str) -> int:
             "commit": environment.commit(),
             "machine": machine,
             "model": {"name": arguments.model, "sha256": checkpoint.sha256},
-            "implementations": ops.implementations(),
+            "implementations": execution.implementations(),
             "results": [asdict(result) for result in results],
         }
         store.write_json(arguments.out, record)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kernels.hadamard import hadamard_matrix, is_known_order, largest_known_divisor
 from kernels.reference import (
-    Quantised,
     Quantiser,
     dequantise,
     fake_quantise,
@@ -21,6 +20,7 @@ from kernels.reference import (
 )
 from methods.decoder import RMSNorm
 from methods.linear import OnlineHadamard
+from tests.equality import same, same_codes
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -28,18 +28,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.dtype == b.dtype and torch.equal(a.nan_to_num(12345.0), b.nan_to_num(12345.0))
-
-
-def same_codes(a: Quantised, b: Quantised) -> bool:
-    return (a.group, a.bits) == (b.group, b.bits) and all(
-        same(x, y) for x, y in ((a.codes, b.codes), (a.scale, b.scale), (a.zero, b.zero))
-    )
 
 
 QUANTISERS: st.SearchStrategy[Quantiser] = st.builds(

@@ -13,6 +13,7 @@ from kernels.kv_reference import PackedRows, kv_append, kv_attention, kv_dequant
 from kernels.packing import packed_width
 from kernels.reference import fake_quantise
 from methods.decoder import attention_mask
+from tests.equality import same
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -20,10 +21,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.nan_to_num(12345.0), b.nan_to_num(12345.0))
 
 
 def ranges(symmetric: bool, static: bool) -> dict[str, Any]:

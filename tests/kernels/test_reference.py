@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.reference import Quantised, dequantise, fake_quantise, quantise
+from tests.equality import same
 
 NAN, INF = float("nan"), float("inf")
 GOLDEN = [
@@ -21,10 +22,6 @@ GOLDEN = [
     for symmetric, low in ((True, 0.9), (False, 0.95))
     for clip, group in ((1.0, None), (low, None), (low, 32))
 ]
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.nan_to_num(12345.0), b.nan_to_num(12345.0))
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "clip", "group"), GOLDEN)
