@@ -1,8 +1,8 @@
 """What a GPU machine without a package index needs, in parts small enough to carry there.
 
-    make gpu-bundle                                          here: fills .gpu/1, .gpu/2, ...
-    python3 -m kernels.bundle unpack .gpu/1 /tmp/quantgrid   there: once for each part, in any order
-    export PYTHONPATH=/tmp/quantgrid/site QUANTGRID_HOME=/tmp/quantgrid/data
+    make gpu-bundle                                        here: fills .gpu/1, .gpu/2, ...
+    python3 -m kernels.bundle unpack .gpu/1 ~/quantgrid    there: once for each part, in any order
+    export PYTHONPATH=~/quantgrid/site QUANTGRID_HOME=~/quantgrid/data
 
 A part holds pieces of files and the list of all files with their sha256. `unpack` copies the pieces out of
 the checkout (the next transfer may replace them), joins the files that are complete, compares their sha256,

@@ -147,7 +147,7 @@ def targets_section(rows: dict[Key, Row], reasons: Reasons) -> list[str]:
     if missed:
         lines += ["### Missed", "", "| target | at least | missed at | why |", "|:--|--:|:--|:--|"]
     for target, point in missed:
-        why = reasons.get(target.title, {}).get(point.place, "")
+        why = reasons.get(target.title, {}).get(point.place, "not known: no counters were read")
         lines.append(f"| {target.title} | {_times(target.least)} | {point} | {why} |")
     lines += [""] if missed else []
     return [*lines, "### For information", "", INFORMATION_NOTE, "", *_targets(INFORMATION, rows)]
