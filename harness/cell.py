@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from harness import environment, store
+from harness.cell_speed import speed_record
 from harness.config import CellSpec, GridConfig
 from harness.evaluate import TaskPlan, batch_spread, float_reference, plan_tasks, run_task
 from harness.execution import counted, execution_of, memory_record
@@ -258,7 +259,7 @@ class CellRun:
         store.note(self.folder, "started", kept=sorted(record["tasks"]))
         with environment.PeakMemory(self.setting.device) as memory:
             try:
-                self._fill(record)
+                self._fill(record, memory)
             except Exception as error:  # noqa: BLE001 - it is recorded and the other cells go on
                 record |= {"status": "failed", "failure": self._failure(self.steps.stage, error)}
         record["measured"] |= {**memory.record(), "finished": store.now()}
@@ -266,7 +267,7 @@ class CellRun:
         store.note(self.folder, "finished", status=record["status"])
         return record
 
-    def _fill(self, record: Record) -> None:
+    def _fill(self, record: Record, memory: environment.PeakMemory) -> None:
         grid = self.setting.grid
         with self.steps.step("quantise", quantising_units(self.cell, grid)):
             quantised = self._quantise()
@@ -282,7 +283,8 @@ class CellRun:
             with self.steps.step(plan.name, plan.units(grid)):
                 if plan.name not in record["tasks"]:
                     started = time.perf_counter()
-                    with counted(record["measured"]["implementations"], plan.name):
+                    packed = quantised.decoder.execution == "int4"
+                    with counted(record["measured"]["implementations"] if packed else {}, plan.name):
                         record["tasks"][plan.name] = self._score(quantised, plan)
                     record["measured"]["tasks"][plan.name] = time.perf_counter() - started
                     record["tasks"] = self._in_order(record["tasks"])
@@ -291,6 +293,8 @@ class CellRun:
         seconds = record["measured"]["tasks"]
         evaluating = sum(seconds.get(plan.name, 0.0) for plan in self.model.tasks)
         record["measured"]["seconds"]["evaluate"] = evaluating
+        if self.setting.perturbation is None:
+            record["measured"]["speed"] = speed_record(quantised.decoder, memory)
         record["status"] = _status(record["tasks"], self.model)
 
     def _in_order(self, tasks: Record) -> Record:

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from harness import inference, stats, store
-from harness.records import Cell, Column, columns_of, os_reason, read_cell, read_run
+from harness.markdown import plain, table
+from harness.records import Cell, Column, columns_of, read_cell, read_run
 from harness.stats import Estimate, Paired
-from harness.tables import p_text, perplexity_of, plain, signed, table
+from harness.store import os_reason
+from harness.tables import p_text, perplexity_of, signed
 from methods.distribution import refuse_foreign_kernels
 from methods.errors import UserError
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from harness.markdown import plain, table
 from harness.records import Cell, Model, Record, Row, Run, number
-from harness.tables import distinct, plain, table
+from harness.tables import distinct, mean_accuracy_text, value_text
 
 STAGES = ("load", "learn", "transform", "round", "pack", "evaluate")
 ALWAYS = {"load", "learn", "transform", "round", "evaluate"}
@@ -24,6 +25,10 @@ those held after a real prefill, per token (a cache that then grows doubles its 
 `rest` is embedding, norms and lm_head, the KV cache is that of all layers. The ratios are measured bytes \
 over those of as many float16 values. Peak memory, above, is that of the whole process: quantising, scoring, \
 libraries and data included."""
+SPEED = """\
+Speed on a small workload, one sequence, the best of up to three runs: {}. Perplexity is that of the model's \
+first text, mean accuracy as above. The peak is what a GPU had allocated meanwhile, weights included. How \
+the time depends on batch and context is measured by `python -m harness.speed`."""
 INT4 = """\
 Rows of int4 execution measure more than computed where scales are float32 (zero-points of weights too, \
 those of the KV cache take a byte), where what is not quantised is held in the settings' dtype, and where \
@@ -57,7 +62,8 @@ def cost_section(run: Run, models: Sequence[Model]) -> list[str]:
     made = "; ".join(f"{name} `{value}`" for name, value in facts.items() if value != "–")
     text = [_times(rows), MEASURED] if rows else ["not recorded"]
     text += [f"Made by: {plain(made)}."] if made else []
-    return ["## Cost", *text, *_memory_section(rows), *_operations_section(run.cells)]
+    speed = _speed_section(models)
+    return ["## Cost", *text, *speed, *_memory_section(rows), *_operations_section(run.cells)]
 
 
 def _costs(row: Row) -> list[Record]:
@@ -80,6 +86,36 @@ def _times(rows: Costs) -> str:
         lines.append([*line, f"{max(memory) / 2**30:.2f}" if memory else "–"])
     head = ["model", "bits", "method", *(f"{stage} (s)" for stage in stages), "peak memory (GiB)"]
     return table(head, lines)
+
+
+def _speed_section(models: Sequence[Model]) -> list[str]:
+    """Speed and memory beside accuracy; empty where no cell has speed on record."""
+    lines, workloads = [], set()
+    for model in models:
+        perplexity = next((column for column in model.columns if column.kind == "perplexity"), None)
+        for row in model.rows:
+            found = [cost["speed"] for cost in _costs(row) if cost.get("speed")]
+            if not found:
+                continue
+            line = [str(model.record["name"]), row.bits, row.label]
+            line.append("–" if perplexity is None else value_text(row, perplexity))
+            line.append(mean_accuracy_text(row, model.accuracies) if model.accuracies else "–")
+            timed = [speed for speed in found if not speed.get("reason")]
+            for phase in ("prefill", "decode"):
+                rates = [number(speed[f"{phase}_tokens_per_second"]) for speed in timed]
+                line.append(f"{sum(rates) / len(rates):,.1f}" if rates else "–")
+            peaks = [speed["peak_memory_bytes"] for speed in timed if speed.get("peak_memory_bytes")]
+            line.append(f"{max(peaks) / 2**30:.2f}" if peaks else "–")
+            lines.append([*line, distinct(speed["device"] for speed in found)])
+            workloads |= {(speed["prefill_tokens"], speed["decoded_tokens"]) for speed in timed}
+    if not lines:
+        return []
+    head = ["model", "bits", "method", "perplexity", "mean accuracy (%)", "prefill (tokens/s)"]
+    head += ["decode (tokens/s)", "peak memory (GiB)", "device"]
+    said = " or ".join(
+        f"{prompt} tokens and {decoded} decoded behind them" for prompt, decoded in sorted(workloads)
+    )
+    return ["### Accuracy beside speed and memory", table(head, lines), SPEED.format(said or "none that ran")]
 
 
 def _memory_section(rows: Costs) -> list[str]:

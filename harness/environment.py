@@ -8,13 +8,14 @@ import os
 import platform
 import subprocess
 import threading
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +28,9 @@ _PRESENTATION = {
         *("stats", "inference", "evidence", "fidelity"),
         *("gate", "baseline", "movement", "judgement", "recording", "trial"),
         *("grid", "engine", "worker", "store", "progress"),
-        *("parity", "parity_report", "agreement", "side_by_side", "odd_models", "speed"),
+        *("parity", "parity_report", "agreement", "side_by_side", "odd_models"),
+        *("speed", "speed_bench", "speed_matrix", "speed_passes", "speed_report", "speed_shapes"),
+        *("speed_shares", "speed_targets", "speed_work", "power", "markdown", "cell_speed"),
     )
 } | {
     *("kernels/bench.py", "kernels/contests.py", "kernels/timing.py"),
@@ -141,8 +144,11 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._gpu = device if device.type == "cuda" else None
+        import psutil  # here: a bare GPU machine may have none, and speed needs none
+
         self._process = psutil.Process(os.getpid())
         self._stop = threading.Event()
+        self._gpu_bytes = 0
         self.bytes = 0
 
     def _sample(self) -> None:
@@ -155,8 +161,18 @@ class PeakMemory:
         """What goes into a cell's record."""
         found = {"peak_memory_bytes": self.bytes}
         if self._gpu is not None:
-            found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(self._gpu)
+            found["peak_gpu_memory_bytes"] = max(self._gpu_bytes, torch.cuda.max_memory_allocated(self._gpu))
         return found
+
+    @contextmanager
+    def apart(self) -> Iterator[Callable[[], int | None]]:
+        """Gives a function that says what was allocated on the GPU inside at the most, None without a GPU."""
+        if self._gpu is None:
+            yield lambda: None
+            return
+        self._gpu_bytes = max(self._gpu_bytes, torch.cuda.max_memory_allocated(self._gpu))
+        torch.cuda.reset_peak_memory_stats(self._gpu)
+        yield partial(torch.cuda.max_memory_allocated, self._gpu)
 
     def __enter__(self) -> PeakMemory:
         if self._gpu is not None:

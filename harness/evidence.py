@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from harness import inference
+from harness.markdown import plain, table
 from harness.records import Cell, Column, Model, Row, mean_accuracy, same_seeds
 from harness.stats import Estimate, Paired
-from harness.tables import p_text, plain, signed, table
+from harness.tables import p_text, signed
 from methods.registry import method_class
 
 REFERENCE = "quarot"

@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from harness.config import GridConfig
 from harness.store import Record
 from kernels import ops, tuning
 from methods.decoder import Decoder
 from methods.footprint import memory
 from methods.method import Plan
 from methods.pipeline import Pipeline
+
+if TYPE_CHECKING:  # it needs what a bare GPU machine has not
+    from harness.config import GridConfig
 
 HASH_DIGITS = 16
 """How much of a SHA-256 names a table of tuning choices in a record."""

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 
 from harness import inference, stats
 from harness.evidence import Differences, answers, over
+from harness.markdown import plain, table
 from harness.records import Cell, Column, Model, Record, Row, number, same_seeds
 from harness.stats import Estimate
-from harness.tables import distinct, plain, signed, table, with_error
+from harness.tables import distinct, signed, with_error
 
 DIFFERENCES = """\
 Method minus float (exploratory): a positive Δ log-perplexity and a negative Δ accuracy are losses. \

@@ -34,6 +34,7 @@ from methods.cache import KVCache
 from methods.decoder import Decoder, State
 from methods.errors import UserError
 from methods.generate import generate
+from methods.graphs import Decoding
 
 MAX_LENGTH = 2048
 MAX_GEN_TOKS = 256
@@ -99,6 +100,7 @@ class DecoderLM(TemplateLM):
         self.progress = progress
         self.order = order
         self.batched = decoder.device.type != "cpu"
+        self._decoding: Decoding | None = None
 
     # Tokens
 
@@ -311,11 +313,19 @@ class DecoderLM(TemplateLM):
                 done += len(batch)
                 if self.progress is not None:
                     self.progress(done, len(requests))
+        self._decoding = None  # its memory is for others now
         return results
 
     def _sampling_seed(self, context: str, occurrence: int) -> int:
         key = json.dumps([self.seed, context, occurrence]).encode()
         return int.from_bytes(hashlib.sha256(key).digest()[:4], "little")
+
+    def _room(self, rows: int) -> Decoding | None:
+        """In padded batches, one cache and graph for all of as many rows; else each request has its own."""
+        if self.batched and (self._decoding is None or self._decoding.batch != rows):
+            self._decoding = None  # before the next one takes memory
+            self._decoding = Decoding(self.decoder, rows, self.max_length)
+        return self._decoding
 
     def _continue(self, contexts: list[list[int]], settings: Generation, seed: int) -> list[str]:
         """Generate after each context and cut the texts at the stop strings."""
@@ -337,6 +347,7 @@ class DecoderLM(TemplateLM):
             top_p=settings.top_p,
             seed=seed,
             stop=stop,
+            decoding=self._room(len(contexts)),
         )
         texts = []
         for tokens in rows:

@@ -10,7 +10,7 @@ from typing import Any
 
 from harness import agreement, store
 from harness.agreement import Agreement, Codes, Output
-from harness.tables import plain, table
+from harness.markdown import plain, table
 from methods.bits import QuantiserSettings
 
 SCHEMA = 1

@@ -374,9 +374,3 @@ def mean_accuracy(cell: Cell, columns: Sequence[Column]) -> Estimate | None:
 def number(value: Any) -> float:
     """A record's number; NaN for null and for the words that lm-eval writes where it has none."""
     return float(value) if isinstance(value, int | float) else math.nan
-
-
-def os_reason(error: OSError) -> str:
-    """What the system refused, and where it says so of which file: "Permission denied (runs/a)"."""
-    reason = error.strerror or str(error)
-    return f"{reason} ({error.filename})" if error.filename else reason

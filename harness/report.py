@@ -29,6 +29,7 @@ from harness.evidence import (
 )
 from harness.fidelity import difference_section, fidelity_section, recovery_section
 from harness.figures import bits_section, kurtosis_section
+from harness.markdown import plain, table
 from harness.records import (
     Cell,
     Model,
@@ -36,11 +37,11 @@ from harness.records import (
     Run,
     models_of,
     number,
-    os_reason,
     read_run,
     unranked,
     weights_only,
 )
+from harness.store import os_reason
 from harness.tables import (
     calibration_text,
     count_text,
@@ -49,10 +50,8 @@ from harness.tables import (
     flag_note,
     mean_accuracy_text,
     output_text,
-    plain,
     quantisers_text,
     reason_text,
-    table,
     upstream_text,
     value_text,
 )

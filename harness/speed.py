@@ -1,11 +1,12 @@
 """`python -m harness.speed`: what a quantised decoder costs beside the float one, in time.
 
-The float decoder and every chosen method in both executions, simulated and int4, are timed in one process and
-in turns: a prefill of a window of tokens (with the logits of its last), and decoding, one token at a time,
-behind that many tokens in the KV cache. Tokens are random and ranges of weights are not searched: that
-changes what a model says, not what it costs. Beside each time stands its floor: weights and KV cache moved
-once, at a measured bandwidth, or the multiply-adds of linears and attention, at the measured rate of a large
-matrix product, whichever takes longer.
+With `--shape`, decoders of published shapes in floating point and in 4 bits: see `speed_matrix`. Else the
+methods of the registry, on a model: the float decoder and every chosen method in both executions, simulated
+and int4, are timed in one process and in turns: a prefill of a window of tokens (with the logits of its
+last), and decoding, one token at a time, behind that many tokens in the KV cache. Tokens are random and
+ranges of weights are not searched: that changes what a model says, not what it costs. Beside each time stands
+its floor: weights and KV cache moved once, at a measured bandwidth, or the multiply-adds of linears and
+attention, at the measured rate of a large matrix product, whichever takes longer.
 
 Exit status 0; 1 where --at-most is exceeded; 2 for a mistake of the user.
 """
@@ -24,15 +25,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness import environment, execution, store
-from harness.records import os_reason
-from harness.store import Record
-from harness.tables import table
+from harness import environment, execution, speed_matrix, speed_report, store
+from harness.markdown import table
+from harness.speed_bench import PHASES
+from harness.speed_matrix import BATCHES, CONTEXTS, FORMS, Options
+from harness.speed_shapes import ONLINE, SHAPES
+from harness.speed_work import work
+from harness.store import Record, os_reason
 from kernels import ops
-from kernels.timing import Limits, Timing, Work, duration, interleaved, measure_limits, nbytes, spread
+from kernels.timing import Limits, Timing, duration, interleaved, measure_limits, spread
 from methods.bits import FLOAT, Bits, QuantiserSettings
 from methods.checkpoint import DEFAULT_MODEL, Checkpoint, open_checkpoint
-from methods.decoder import Block, Decoder
+from methods.decoder import Decoder
 from methods.device import parse_device
 from methods.distribution import refuse_foreign_kernels
 from methods.errors import UserError
@@ -45,7 +49,14 @@ DECODED = 8
 """Tokens of one timed decoding."""
 CALIBRATION = (4, 64)
 """Sequences and tokens of the random text that methods learn from here."""
-PHASES = ("prefill", "decode")
+METHODS, BITS, TOKENS, TURNS = ("quarot:rounding=rtn",), ("w4a4kv4",), 1024, 5
+LONGEST_PREFILL, ENERGY_SECONDS = 2.5, 1.0
+OF_A_MODEL = ("model", "methods", "bits", "tokens", "at_most")
+OF_A_SHAPE = (
+    *("forms", "batch", "context", "phases", "online", "minutes", "longest_prefill", "energy_seconds"),
+    *("no_overhead", "prepare", "commit"),
+)
+"""Options that mean nothing in the other mode."""
 NOTE = """\
 x float: the median over turns of the time as a multiple of the float decoder's in the same turn."""
 
@@ -121,32 +132,6 @@ def decoding(decoder: Decoder, ids: Tensor) -> Callable[[int], object]:
             decoder(ids[:, position % ids.shape[1]][:, None], cache=cache, last=1)
 
     return decode
-
-
-def work(decoder: Decoder, tokens: int, past: int, cached_bytes: float) -> Work:
-    """The least that a pass over `tokens` tokens behind `past` needs: weights and KV cache moved once, and
-    the products of linears and attention; all else, activations and online transforms too, counts for
-    nothing. cached_bytes: those of one position in the cache of all layers."""
-    config, float_type = decoder.config, decoder.dtype
-    counts = {float_type: decoder.lm_head.weight.numel()}
-    total = nbytes(decoder.lm_head.weight)
-    for _, linear in decoder.linears():
-        integer = linear.packed is not None and linear.activation is not None
-        dtype = torch.int8 if integer else float_type
-        outputs, inputs = linear.shape
-        counts[dtype] = counts.get(dtype, 0) + outputs * inputs * tokens
-        total += nbytes(linear.weight, linear.packed, linear.kept)
-    for extra, times in ((decoder.embed_in, tokens), (decoder.embed_out, 1)):
-        if extra is not None:
-            counts[float_type] += extra.weight.numel() * times
-            total += nbytes(extra.weight)
-    for block in decoder.layers:
-        assert isinstance(block, Block)
-        window = block.self_attn.window or past + tokens
-        pairs = sum(min(window, past + position + 1) for position in range(tokens))
-        counts[float_type] += 2 * config.heads * config.head_dim * pairs
-        total += round(min(window, past + tokens) * cached_bytes / config.layers)
-    return Work(total, counts)
 
 
 @torch.inference_mode()
@@ -225,45 +210,118 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m harness.speed",
         description="Time whole decoders: float, simulated and int4, prefill and decode, in turns.",
     )
-    result.add_argument("--model", default=DEFAULT_MODEL, help="default model, folder, .gguf file or hub id")
-    result.add_argument(
-        "--methods", nargs="+", metavar="METHOD", default=["quarot:rounding=rtn"], help="all but float"
-    )
-    result.add_argument("--bits", nargs="+", metavar="BITS", default=["w4a4kv4"])
-    result.add_argument(
-        "--tokens", type=int, metavar="N", default=1024, help="prefill window, and context of decoding"
-    )
-    result.add_argument("--repeat", type=int, metavar="N", default=5, help="turns (default: 5)")
+    result.add_argument("--repeat", type=int, metavar="N", help=f"turns (default: {TURNS})")
     result.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     result.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     result.add_argument("--out", type=Path, metavar="FILE", help="also write everything as JSON")
-    result.add_argument(
+    model = result.add_argument_group("methods of the registry, on a model")
+    model.add_argument("--model", help="default model, folder, .gguf file or hub id")
+    model.add_argument("--methods", nargs="+", metavar="METHOD", help="all but float")
+    model.add_argument("--bits", nargs="+", metavar="BITS")
+    model.add_argument(
+        "--tokens", type=int, metavar="N", help="prefill window, and context of decoding (default: 1024)"
+    )
+    model.add_argument(
         "--at-most",
         type=float,
         metavar="X",
         help="exit with 1 where a simulated prefill costs more than X float",
     )
+    shape = result.add_argument_group("decoders of published shapes with random weights")
+    shape.add_argument("--shape", nargs="+", metavar="NAME", help=", ".join(SHAPES))
+    shape.add_argument("--forms", nargs="+", metavar="FORM", help=f"(default: {' '.join(FORMS)})")
+    shape.add_argument("--batch", nargs="+", type=int, metavar="N", help=f"(default: {_list(BATCHES)})")
+    shape.add_argument("--context", nargs="+", type=int, metavar="N", help=f"(default: {_list(CONTEXTS)})")
+    shape.add_argument("--phases", nargs="+", metavar="PHASE", help=f"(default: {' '.join(PHASES)})")
+    shape.add_argument(
+        "--online",
+        nargs="?",
+        const="quarot",
+        metavar="NAME",
+        help=f"online parts of the 4-bit forms: {', '.join(ONLINE)} (default: none; without a name: quarot)",
+    )
+    shape.add_argument(
+        "--no-overhead",
+        action="store_true",
+        default=None,
+        help="leave out what each method's online parts cost",
+    )
+    shape.add_argument(
+        "--minutes", type=float, metavar="N", help="begin nothing more after so many, but for shares"
+    )
+    shape.add_argument(
+        "--longest-prefill",
+        type=float,
+        metavar="S",
+        help=f"seconds by its floor (default: {LONGEST_PREFILL:g})",
+    )
+    shape.add_argument(
+        "--energy-seconds",
+        type=float,
+        metavar="S",
+        help=f"over which energy is measured, 0: not at all (default: {ENERGY_SECONDS:g})",
+    )
+    shape.add_argument("--prepare", type=int, metavar="N", help="compile everything first, in N processes")
+    shape.add_argument("--commit", help="the commit of these sources, where they are not in git")
     return result
 
 
+def _list(numbers: Sequence[int]) -> str:
+    return " ".join(map(str, numbers))
+
+
 def run(arguments: argparse.Namespace, command: str) -> int:
-    for name in ("tokens", "repeat", "threads"):
+    shaped = arguments.shape is not None
+    for name in OF_A_MODEL if shaped else OF_A_SHAPE:
+        if getattr(arguments, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option}: not with --shape" if shaped else f"{option}: only with --shape")
+    for name in ("tokens", "repeat", "threads", "batch", "context"):
         value = getattr(arguments, name)
-        if value is not None and value < 1:
+        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
             raise UserError(f"--{name} {value}: give at least 1")
-    if arguments.at_most is not None and not arguments.at_most > 0:
-        raise UserError(f"--at-most {arguments.at_most:g}: give a multiple of the float time, such as 2")
     device = parse_device(arguments.device)
-    pipelines = [parse_method(spec) for spec in arguments.methods]
-    widths = [Bits.parse(text) for text in arguments.bits]
-    if any(pipeline.is_float for pipeline in pipelines) or any(bits.is_float for bits in widths):
-        raise UserError("the float decoder is timed in any case: give methods and bits that quantise")
-    checkpoint = open_checkpoint(arguments.model)
-    longest = checkpoint.config.max_positions - DECODED
-    if arguments.tokens > longest:
-        raise UserError(f"--tokens {arguments.tokens}: {arguments.model} has room for {longest} at most")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    return _run_shapes(arguments, command, device) if shaped else _run_model(arguments, command, device)
+
+
+def _run_shapes(arguments: argparse.Namespace, command: str, device: torch.device) -> int:
+    options = Options(
+        shapes=arguments.shape,
+        forms=arguments.forms or FORMS,
+        batches=arguments.batch or BATCHES,
+        contexts=arguments.context or CONTEXTS,
+        phases=arguments.phases or PHASES,
+        online=arguments.online or "none",
+        turns=arguments.repeat or TURNS,
+        minutes=arguments.minutes,
+        longest=LONGEST_PREFILL if arguments.longest_prefill is None else arguments.longest_prefill,
+        energy=ENERGY_SECONDS if arguments.energy_seconds is None else arguments.energy_seconds,
+        overhead=not arguments.no_overhead,
+        prepare=arguments.prepare or 0,
+        commit=arguments.commit,
+        out=arguments.out,
+    )
+    record = speed_matrix.run(options, command, device)
+    print()
+    print(speed_report.report(record))
+    return 0
+
+
+def _run_model(arguments: argparse.Namespace, command: str, device: torch.device) -> int:
+    at_most, turns = arguments.at_most, arguments.repeat or TURNS
+    if at_most is not None and not at_most > 0:
+        raise UserError(f"--at-most {at_most:g}: give a multiple of the float time, such as 2")
+    pipelines = [parse_method(spec) for spec in arguments.methods or METHODS]
+    widths = [Bits.parse(text) for text in arguments.bits or BITS]
+    if any(pipeline.is_float for pipeline in pipelines) or any(bits.is_float for bits in widths):
+        raise UserError("the float decoder is timed in any case: give methods and bits that quantise")
+    name, tokens = arguments.model or DEFAULT_MODEL, arguments.tokens or TOKENS
+    checkpoint = open_checkpoint(name)
+    longest = checkpoint.config.max_positions - DECODED
+    if tokens > longest:
+        raise UserError(f"--tokens {tokens}: {name} has room for {longest} at most")
     entries = subjects(checkpoint, pipelines, widths, device)
     limits = measure_limits(device, (torch.float32, torch.int8))
     machine = {
@@ -275,22 +333,22 @@ def run(arguments: argparse.Namespace, command: str) -> int:
             str(dtype).removeprefix("torch."): rate for dtype, rate in limits.multiply_adds_per_second.items()
         },
     }
-    ids = random_tokens(checkpoint.config.vocab_size, 1, arguments.tokens).to(device)
+    ids = random_tokens(checkpoint.config.vocab_size, 1, tokens).to(device)
     ops.reset_implementations()
-    results = measure(entries, ids, arguments.repeat, limits)
-    print(f"{arguments.model} on {machine['cpu']}, {heading(machine)}; {arguments.repeat} turns\n")
+    results = measure(entries, ids, turns, limits)
+    print(f"{name} on {machine['cpu']}, {heading(machine)}; {turns} turns\n")
     print(markdown(results))
     if arguments.out is not None:
         record: Record = {
             "command": command,
             "commit": environment.commit(),
             "machine": machine,
-            "model": {"name": arguments.model, "sha256": checkpoint.sha256},
+            "model": {"name": name, "sha256": checkpoint.sha256},
             "implementations": execution.implementations(),
             "results": [asdict(result) for result in results],
         }
         store.write_json(arguments.out, record)
-    slow = [] if arguments.at_most is None else too_slow(results, arguments.at_most)
+    slow = [] if at_most is None else too_slow(results, at_most)
     for line in slow:
         print(line, file=sys.stderr)
     return 1 if slow else 0

@@ -8,18 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tabulate import tabulate
-
 from harness import stats
 from harness.records import LATTICE_GROUP, Cell, Column, Record, Row, mean_accuracy, number, overall
 from harness.stats import Estimate
 from methods.bits import Bits, QuantiserSettings
-
-TEXT_COLUMNS = (
-    *("bits", "method", "model", "task", "metric", "protocol"),
-    *("setting", "value", "cell", "what", "stage", "reason", "last output", "text", "quantity", "test"),
-    *("operation", "implementation", "execution"),
-)
 
 
 def flag_note(model: Record, flag: str) -> str:
@@ -265,14 +257,3 @@ def output_text(failure: Record, lines: int = 2) -> str:
     said = output.splitlines() if isinstance(output, str) else [str(line) for line in output]
     text = " / ".join([line.strip() for line in said if line.strip()][-lines:]) or "–"
     return text if len(text) <= 300 else "… " + text[-300:]
-
-
-def plain(text: object) -> str:
-    """One line that cannot break a Markdown table."""
-    return " ".join(str(text).split()).replace("|", "\\|")
-
-
-def table(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
-    numbers = ["left" if name in TEXT_COLUMNS else "right" for name in head]
-    cells = [[plain(value) for value in line] for line in lines]
-    return tabulate(cells, head, tablefmt="pipe", disable_numparse=True, colalign=numbers)

@@ -121,7 +121,7 @@ def norms(shape: Shape, tokens: int, context: int, device: torch.device) -> Iter
             "F.rms_norm": Run(lambda _: F.rms_norm(x, (shape.hidden,), None, EPS), (x,)),
             "quantise a4": Run(lambda _: ops.quantise(x, 4, symmetric=True), (x,)),
             "rmsnorm_quantise a4": Run(
-                lambda _: ops.rmsnorm_quantise(x, eps=EPS, bits=4, symmetric=True), (x,)
+                lambda _: ops.rmsnorm_quantise(x, eps=EPS, bits=4, symmetric=True)[1:], (x,)
             ),
         },
     )

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from kernels import peers, tuning
+from kernels import gpu_attention, peers, tuning
 from kernels.contests import SHAPES
 from kernels.gpu_contests import LINEARS, ROWS, GpuContest, Made, chains, linears, one_line
 from kernels.gpu_passes import fused
@@ -43,7 +43,10 @@ from kernels.timing import (
 
 HERE = Path(__file__).resolve().parent
 LEAST_SECONDS = 0.001
-OPERATIONS = ("w4a8", "w4a16", "chain", "quantise", "rmsnorm", "hadamard")
+OPERATIONS = (
+    *("w4a8", "w4a16", "chain", "quantise", "rmsnorm", "hadamard"),
+    *("kv_attention", "rope_append", "kv_dequantise"),
+)
 BY = ("ours", "torch", "humming", "gemlite", "bitsandbytes", "mslk", "fast-hadamard-transform")
 STATE = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,pstate"
 
@@ -94,6 +97,9 @@ def units(shapes: Sequence[str], operations: Sequence[str], layers: Sequence[str
         "quantise": ("hidden", "intermediate"),
         "rmsnorm": ("hidden",),
         "hadamard": ("heads", "hidden", "intermediate"),
+        "kv_attention": gpu_attention.ATTENTION,
+        "rope_append": gpu_attention.APPENDED,
+        "kv_dequantise": gpu_attention.DEQUANTISED,
     }
     for operation in operations:
         found += [(ordered[0], operation, name) for name in others.get(operation, ())]
@@ -113,6 +119,11 @@ def contests(
         if layer == "up, down":  # an MLP without its gate
             weights = [(shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)]
         return chains(layer, weights, rows, by, l2, device)
+    if operation == "rope_append":
+        return gpu_attention.appending(layer, shape, rows, by, l2, device)
+    if operation in ("kv_attention", "kv_dequantise"):
+        of = gpu_attention.attention if operation == "kv_attention" else gpu_attention.dequantising
+        return of(layer, shape, gpu_attention.CONTEXTS if tuple(rows) == ROWS else rows, by, l2, device)
     name = operation if operation == "quantise" else f"{operation} + quantise"
     width = shape.intermediate if layer == "intermediate" else shape.hidden
     inner = shape.head_dim if layer == "heads" else 1

@@ -5,6 +5,9 @@ head's vector at one position, and packed along it (see `packing`). A dynamic ra
 asymmetric, a zero-point for each row; the zero-point of a whole row is itself a code. A static range is one
 scalar scale and zero-point for all rows. A NaN or infinity in a row makes that row NaN throughout, as in
 `reference`; a static scale cannot carry this, so a flag for each row does.
+
+Rows of floats, which a cache without codes holds, go through the same operations: `rope_append` writes them,
+`kv_attention` reads them.
 """
 
 from dataclasses import dataclass
@@ -14,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.packing import pack_unchecked, packed_width, unpack
+from kernels.pass_reference import online_hadamard
 from kernels.reference import quantise
 
 
@@ -32,6 +36,10 @@ class PackedRows:
     bits: int
     width: int
     poisoned: Tensor | None = None
+
+
+Rows = PackedRows | Tensor
+"""Room for S positions of the keys, or the values, of one layer: as codes, or as floats [B, H, S, D]."""
 
 
 def kv_rows(
@@ -81,17 +89,53 @@ def kv_resize(rows: PackedRows, length: int, capacity: int) -> PackedRows:
     return PackedRows(codes, scale, copied(rows.zero), rows.bits, rows.width, copied(rows.poisoned))
 
 
-def kv_append(rows: PackedRows, x: Tensor, start: int, *, clip: float = 1.0) -> None:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding: the pairs (i, i + D/2) of x [B, H, T, D] rotated by the angles of cos and
+    sin [B or 1, 1, T, D/2]. Every product, and their sum, is rounded to the dtype of x."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rope_append(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Rows,
+    values: Rows,
+    start: int | Tensor,
+    *,
+    hadamard: bool = False,
+    clip: float = 1.0,
+) -> Tensor:
+    """What stands between the projections and attention: RoPE of queries and keys, the online Hadamard
+    transform of their D channels, and writing keys and values to the rows at positions start to start + T.
+
+    query: [B, T, Hq, D]; key, value: [B, T, H, D], in any strides; cos, sin: as in `rotate`. start: an int,
+    or an int64 of no dimension on the device of the rows, whose value no one checks on a GPU. clip: the clip
+    ratio of a dynamic range. Returns the queries [B, Hq, T, D], contiguous. Raises ValueError where
+    something does not fit.
+    """
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+    if hadamard:
+        query, key = (online_hadamard(x, x.shape[-1]) for x in (query, key))
+    for rows, x in ((keys, key), (values, value)):
+        if isinstance(rows, PackedRows):
+            kv_append(rows, x, start, clip=clip)
+        else:
+            _check_fit(tuple(rows.shape), x, start)
+            _write(rows, start, x)
+    return query.contiguous()
+
+
+def kv_append(rows: PackedRows, x: Tensor, start: int | Tensor, *, clip: float = 1.0) -> None:
     """Quantise and pack x [B, H, T, D], and write it at positions start to start + T, in place.
 
-    clip: the clip ratio of a dynamic range. Raises ValueError where x does not fit.
+    start, clip: as in `rope_append`. Raises ValueError where x does not fit.
     """
-    batch, heads, capacity, _ = rows.codes.shape
-    length = x.shape[2] if x.dim() == 4 else 0
-    if x.shape != (batch, heads, length, rows.width) or not 0 <= start <= capacity - length:
-        raise ValueError(
-            f"rows {tuple(x.shape)} at {start} do not fit {(batch, heads, capacity, rows.width)}"
-        )
+    _check_fit((*rows.codes.shape[:3], rows.width), x, start)
     static = rows.scale.dim() == 0
     q = quantise(
         x,
@@ -103,14 +147,31 @@ def kv_append(rows: PackedRows, x: Tensor, start: int, *, clip: float = 1.0) -> 
     )
     if not static and q.scale.dtype != rows.scale.dtype:
         raise ValueError(f"scales of {q.scale.dtype} do not fit room for {rows.scale.dtype}")
-    stop = start + length
-    rows.codes[:, :, start:stop] = pack_unchecked(q.codes, rows.bits)
+    _write(rows.codes, start, pack_unchecked(q.codes, rows.bits))
     if rows.poisoned is not None:
-        rows.poisoned[:, :, start:stop] = q.scale.squeeze(-1).isnan()
+        _write(rows.poisoned, start, q.scale.squeeze(-1).isnan())
         return
-    rows.scale[:, :, start:stop] = q.scale.squeeze(-1)
+    _write(rows.scale, start, q.scale.squeeze(-1))
     if rows.zero is not None and q.zero is not None:
-        rows.zero[:, :, start:stop] = q.zero.squeeze(-1).nan_to_num(nan=0.0).to(torch.uint8)
+        _write(rows.zero, start, q.zero.squeeze(-1).nan_to_num(nan=0.0).to(torch.uint8))
+
+
+def _check_fit(room: tuple[int, ...], x: Tensor, start: int | Tensor) -> None:
+    """Raises ValueError where x [B, H, T, D] cannot be written at `start` of rows [B, H, S, D]."""
+    batch, heads, capacity, width = room
+    length = x.shape[2] if x.dim() == 4 else 0
+    first = int(start) if isinstance(start, int) or start.device.type == "cpu" else 0
+    if x.shape != (batch, heads, length, width) or not 0 <= first <= capacity - length:
+        raise ValueError(f"rows {tuple(x.shape)} at {first} do not fit {room}")
+
+
+def _write(part: Tensor, start: int | Tensor, x: Tensor) -> None:
+    """part[:, :, start : start + T] = x [B, H, T, ...], where the GPU knows `start` alone, too."""
+    length = x.shape[2]
+    if isinstance(start, Tensor):
+        part.index_copy_(2, start + torch.arange(length, device=part.device), x.to(part.dtype))
+    else:
+        part[:, :, start : start + length] = x
 
 
 def kv_dequantise(rows: PackedRows, length: int, dtype: torch.dtype) -> Tensor:
@@ -134,19 +195,55 @@ def kv_dequantise(rows: PackedRows, length: int, dtype: torch.dtype) -> Tensor:
 
 
 def kv_attention(
-    query: Tensor, keys: PackedRows, values: PackedRows, length: int, *, mask: Tensor | None = None
+    query: Tensor, keys: Rows, values: Rows, length: int | Tensor, *, mask: Tensor | None = None
 ) -> Tensor:
     """Attention of query [B, Hq, T, D] to the first `length` positions: [B, Hq, T, D] in query's dtype.
 
     Query heads of one group are consecutive. mask: bool [B or 1, 1, T, length], true where a query may look;
-    None is causal from the first position for T > 1, and everything for T = 1. A NaN row can make all
-    queries of its head and sequence NaN, also those that may not look at it (0 times NaN), and no others.
+    None is causal from the first position for T > 1, and everything for T = 1. length: an int, or an int64 of
+    no dimension on the device of the rows; then T is 1, and a mask has as many positions as the rows have
+    room for. A NaN row can make all queries of its head and sequence NaN, also those that may not look at it
+    (0 times NaN), and no others. Raises ValueError for T > 1 with a length on the device.
     """
+    if isinstance(length, Tensor):
+        if query.shape[2] != 1:
+            raise ValueError(f"a length on the device for {query.shape[2]} positions, not for one")
+        if length.device.type != "cpu":
+            return _attention_within(query, keys, values, length, mask)
+        length = int(length)
+        mask = None if mask is None else mask[..., :length]
+    key, value = (
+        kv_dequantise(rows, length, query.dtype) if isinstance(rows, PackedRows) else rows[:, :, :length]
+        for rows in (keys, values)
+    )
+    return dense_attention(query, key, value, mask)
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of query [B, Hq, T, D] to key and value [B, H, S, D], mask as in `kv_attention`."""
+    group = query.shape[1] // key.shape[1]
+    if mask is not None and group > 1 and query.is_cuda and query.shape[2] > 1:
+        # PyTorch's fused kernels take groups of heads or a mask: with both it would form all the scores.
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+        group = 1
     return F.scaled_dot_product_attention(
         query,
-        kv_dequantise(keys, length, query.dtype),
-        kv_dequantise(values, length, query.dtype),
+        key,
+        value,
         attn_mask=mask,
         is_causal=mask is None and query.shape[2] > 1,
-        enable_gqa=query.shape[1] != keys.codes.shape[1],
+        enable_gqa=group > 1,
     )
+
+
+def _attention_within(query: Tensor, keys: Rows, values: Rows, length: Tensor, mask: Tensor | None) -> Tensor:
+    """`kv_attention` to all the room there is, of which what lies beyond `length` is not seen."""
+    room = (keys if isinstance(keys, Tensor) else keys.codes).shape[2]
+    held = torch.arange(room, device=query.device) < length
+    key, value = (
+        (kv_dequantise(rows, room, query.dtype) if isinstance(rows, PackedRows) else rows).masked_fill(
+            ~held[:, None], 0.0
+        )
+        for rows in (keys, values)
+    )
+    return dense_attention(query, key, value, held[None, None, None] if mask is None else mask & held)

@@ -1,16 +1,17 @@
 """The operations that methods call, each run by the implementation that fits and counted by its name.
 
-Signatures and results are those of `reference` and `kv_reference`, which run wherever no kernel does. On a
-CUDA GPU of compute capability 9, where triton is installed, an operation runs as a Triton kernel
-(kernels/triton) unless that refuses the operands. The account tells the two apart: "triton", and "reference
-(why no kernel ran)". What neither can run raises. Names carry the widths: "linear w4a16", "kv_attention kv4".
+Signatures and results are those of `reference`, `pass_reference` and `kv_reference`, which run wherever no
+kernel does. On a CUDA GPU of compute capability 9, where triton is installed, an operation runs as a Triton
+kernel (kernels/triton) unless that refuses the operands. The account tells the two apart: "triton", and
+"reference (why no kernel ran)". What neither can run raises. Names carry the widths: "linear w4a16",
+"kv_attention kv4".
 
-Which implementation runs does not change what `quantise` returns, nor the integer products of linears, nor,
-without kept channels, a linear of quantised inputs: they are the same to the last bit. What it may change are
-the last bits of floating-point sums: of a linear with floating-point inputs or kept channels, of a root mean
-square and of a Hadamard transform, and with these two the scales and some of the codes, by one, that are then
-rounded from them. Kernels are chosen by the number of rows too, so there a row's last bits may depend on
-how many rows stand beside it.
+Which implementation runs does not change what `quantise` returns without a gate, nor the integer products of
+linears, nor, without kept channels, a linear of quantised inputs: they are the same to the last bit. What it
+may change are the last bits of floating-point sums: of a linear with floating-point inputs or kept channels,
+of a root mean square and of a Hadamard transform; and, where a gate is applied, the last bit of few of its
+products. With these go the scales and some of the codes, by one, that are then rounded from them. Kernels are
+chosen by the number of rows too, so there a row's last bits may depend on how many rows stand beside it.
 """
 
 import importlib
@@ -25,8 +26,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from kernels import integer, kv_reference, reference
-from kernels.kv_reference import PackedRows
+from kernels import integer, kv_reference, pass_reference, reference
+from kernels.kv_reference import PackedRows, Rows
+from kernels.pass_reference import Normalised, Normed
 from kernels.reference import PackedWeight, Quantised, Quantiser
 
 FEW_ROWS = 32
@@ -39,9 +41,13 @@ TRITON = ("3.6",)
 # The files of kernels/triton by operation, but for linears.
 _FILES = {
     "quantise": "quantise",
+    "gated": "gated",
+    "rmsnorm": "rmsnorm_quantise",
     "rmsnorm_quantise": "rmsnorm_quantise",
     "hadamard": "hadamard_quantise",
     "hadamard_quantise": "hadamard_quantise",
+    "rope_append": "kv_append",
+    "kv_attention": "kv_attention",
 }
 
 _counts: dict[str, Counter[str]] = {}
@@ -69,9 +75,10 @@ def reference_only() -> Iterator[None]:
 @contextmanager
 def weights_at_rest() -> Iterator[None]:
     """Inside, kernels are launched before those in front of them have ended, for whose results they wait;
-    linears fetch their weights meanwhile, on the promise that no work that is still queued writes them.
-    Whoever captures a CUDA graph of a model whose weights stay as they are can give it. Graphs captured on
-    one stream, with this or without, are to be replayed one after another: they share working memory."""
+    linears fetch their weights meanwhile, and norms their gains, on the promise that no work that is still
+    queued writes them. Whoever captures a CUDA graph of a model whose weights stay as they are can give it.
+    Graphs captured on one stream, with this or without, are to be replayed one after another: they share
+    working memory."""
     with _set(_at_rest):
         yield
 
@@ -80,15 +87,16 @@ def quantise(
     x: Tensor,
     bits: int,
     *,
+    gate: Tensor | None = None,
     symmetric: bool,
     clip: float = 1.0,
     group: int | None = None,
     scale: Tensor | None = None,
     zero: Tensor | None = None,
 ) -> Quantised:
-    """`reference.quantise`."""
+    """`pass_reference.quantise`: of x, or of silu(gate) * x."""
     keywords = {"symmetric": symmetric, "clip": clip, "group": group, "scale": scale, "zero": zero}
-    q: Quantised = _run("quantise", bits, x, bits, **keywords)
+    q: Quantised = _run("quantise", bits, x, bits, gate=gate, **keywords)
     return q
 
 
@@ -128,60 +136,117 @@ def linear_kernel(x: Tensor | Quantised) -> str:
     return "linear_few" if x.codes.numel() <= FEW_ROWS * x.codes.shape[-1] else "linear_many"
 
 
+def rmsnorm(
+    x: Tensor,
+    *,
+    add: Tensor | None = None,
+    eps: float,
+    divisor: int | None = None,
+    gain: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> Normed:
+    """`pass_reference.rmsnorm`: of x, or of its sum with `add`."""
+    keywords = {"add": add, "eps": eps, "divisor": divisor, "gain": gain, "row_scale": row_scale}
+    result: Normed = _run("rmsnorm", None, x, **keywords)
+    return result
+
+
 def rmsnorm_quantise(
     x: Tensor,
     *,
+    add: Tensor | None = None,
     eps: float,
     divisor: int | None = None,
     gain: Tensor | None = None,
     row_scale: Tensor | None = None,
     keep: int = 0,
     **quantiser: Unpack[Quantiser],
-) -> tuple[Tensor | None, Quantised, Tensor]:
-    """`reference.rmsnorm_quantise`."""
-    keywords = {"eps": eps, "divisor": divisor, "gain": gain, "row_scale": row_scale, "keep": keep}
-    result: tuple[Tensor | None, Quantised, Tensor] = _run(
-        "rmsnorm_quantise", quantiser["bits"], x, **keywords, **quantiser
-    )
+) -> Normalised:
+    """`pass_reference.rmsnorm_quantise`: of x, or of its sum with `add`."""
+    keywords = {"add": add, "eps": eps, "divisor": divisor, "gain": gain, "row_scale": row_scale}
+    result: Normalised = _run("rmsnorm_quantise", quantiser["bits"], x, **keywords, keep=keep, **quantiser)
     return result
 
 
-def hadamard(x: Tensor, *, size: int, inner: int = 1) -> Tensor:
-    """`reference.online_hadamard`: the transform alone."""
-    reason = _refusal_on(x.device, "hadamard", x, size=size, inner=inner)
-    if reason is None:
-        y: Tensor = _kernels(_FILES["hadamard"]).hadamard(
-            x, size=size, inner=inner, overlapped=_at_rest.get()
-        )
-    else:
-        y = reference.online_hadamard(x, size, inner)
-    _count("hadamard", reason)
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """`pass_reference.gated`: silu(gate) * up."""
+    y: Tensor = _run("gated", None, gate, up)
+    return y
+
+
+def hadamard(x: Tensor, *, gate: Tensor | None = None, size: int, inner: int = 1) -> Tensor:
+    """`pass_reference.hadamard`: the transform alone, of x or of silu(gate) * x."""
+    y: Tensor = _run("hadamard", None, x, gate=gate, size=size, inner=inner)
     return y
 
 
 def hadamard_quantise(
-    x: Tensor, *, size: int, inner: int = 1, keep: int = 0, **quantiser: Unpack[Quantiser]
+    x: Tensor,
+    *,
+    gate: Tensor | None = None,
+    size: int,
+    inner: int = 1,
+    keep: int = 0,
+    **quantiser: Unpack[Quantiser],
 ) -> tuple[Tensor | None, Quantised]:
-    """`reference.hadamard_quantise`."""
+    """`pass_reference.hadamard_quantise`: of x, or of silu(gate) * x."""
+    keywords = {"gate": gate, "size": size, "inner": inner, "keep": keep}
     result: tuple[Tensor | None, Quantised] = _run(
-        "hadamard_quantise", quantiser["bits"], x, size=size, inner=inner, keep=keep, **quantiser
+        "hadamard_quantise", quantiser["bits"], x, **keywords, **quantiser
     )
     return result
 
 
-def kv_append(rows: PackedRows, x: Tensor, start: int, *, clip: float = 1.0) -> None:
+def rope_append(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Rows,
+    values: Rows,
+    start: int | Tensor,
+    *,
+    hadamard: bool = False,
+    clip: float = 1.0,
+) -> Tensor:
+    """`kv_reference.rope_append`."""
+    operands = (query, key, value, cos, sin, keys, values, start)
+    reason = _refusal_on(query.device, "rope_append", *operands, hadamard=hadamard, clip=clip)
+    if reason is None:
+        out: Tensor = _kernels(_FILES["rope_append"]).rope_append(
+            *operands, hadamard=hadamard, clip=clip, overlapped=_at_rest.get()
+        )
+    else:
+        out = kv_reference.rope_append(*operands, hadamard=hadamard, clip=clip)
+    _count(f"rope_append kv{_kv_bits(keys)}", reason)
+    return out
+
+
+def kv_append(rows: PackedRows, x: Tensor, start: int | Tensor, *, clip: float = 1.0) -> None:
     """`kv_reference.kv_append`."""
     kv_reference.kv_append(rows, x, start, clip=clip)
     _count(f"kv_append kv{rows.bits}", _refusal_on(x.device, "kv_append"))
 
 
 def kv_attention(
-    query: Tensor, keys: PackedRows, values: PackedRows, length: int, *, mask: Tensor | None = None
+    query: Tensor, keys: Rows, values: Rows, length: int | Tensor, *, mask: Tensor | None = None
 ) -> Tensor:
     """`kv_reference.kv_attention`."""
-    out = kv_reference.kv_attention(query, keys, values, length, mask=mask)
-    _count(f"kv_attention kv{keys.bits}", _refusal_on(query.device, "kv_attention"))
+    reason = _refusal_on(query.device, "kv_attention", query, keys, values, length, mask=mask)
+    if reason is None:
+        out: Tensor = _kernels(_FILES["kv_attention"]).kv_attention(
+            query, keys, values, length, mask=mask, overlapped=_at_rest.get()
+        )
+    else:
+        out = kv_reference.kv_attention(query, keys, values, length, mask=mask)
+    _count(f"kv_attention kv{_kv_bits(keys)}", reason)
     return out
+
+
+def _kv_bits(rows: Rows) -> int:
+    """The width of codes; 16 stands for floats."""
+    return rows.bits if isinstance(rows, PackedRows) else 16
 
 
 def refusal(operation: str, *operands: Any, **keywords: Any) -> str | None:
@@ -208,15 +273,15 @@ def _refusal_on(device: torch.device, operation: str, *operands: Any, **keywords
     return no_kernels_on(device) or refusal(operation, *operands, **keywords)
 
 
-def _run(operation: str, width: int, /, *operands: Any, **keywords: Any) -> Any:
-    """The kernel or the reference of that name."""
+def _run(operation: str, width: int | None, /, *operands: Any, **keywords: Any) -> Any:
+    """The kernel of that name, or the definition in `pass_reference`. width: of codes, None for floats."""
     reason = _refusal_on(operands[0].device, operation, *operands, **keywords)
     if reason is None:
         kernel = getattr(_kernels(_FILES[operation]), operation)
         result = kernel(*operands, **keywords, overlapped=_at_rest.get())
     else:
-        result = getattr(reference, operation)(*operands, **keywords)
-    _count(f"{operation} a{width}", reason)
+        result = getattr(pass_reference, operation)(*operands, **keywords)
+    _count(operation if width is None else f"{operation} a{width}", reason)
     return result
 
 

@@ -1,8 +1,8 @@
 """The definition of every int4 operation in plain torch. Each kernel is tested against this file.
 
-Those of the packed KV cache are in `kv_reference`, the second part; the layout of packed codes in `packing`,
-integer products in `integer`, Hadamard matrices in `hadamard`. Here: quantisers, what is fused in front of
-them (RMSNorm, Hadamard), and the linear layer on packed weights.
+Here: quantisers, and the linear layer on packed weights. What runs in front of a linear (RMSNorm, the gate
+of an MLP, Hadamard) is in `pass_reference`, and the packed KV cache in `kv_reference`; the layout of packed
+codes is in `packing`, integer products in `integer`, Hadamard matrices in `hadamard`.
 
 Quantisers, as in QuaRot and SpinQuant (arXiv 2404.00456 and 2405.16406). A *row* is the last axis of a
 tensor: one token's activations, one output channel's weights, one head's key. Each row, or each group of it,
@@ -30,13 +30,12 @@ A result that its dtype cannot hold, such as a linear's float16 output above 655
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Required, TypedDict, Unpack
+from typing import Required, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.hadamard import hadamard_transform
 from kernels.integer import centred_dtype, centred_matmul
 from kernels.packing import pack, unpack
 
@@ -130,60 +129,6 @@ class Quantiser(TypedDict, total=False):
     group: int | None
     scale: Tensor | None
     zero: Tensor | None
-
-
-def rmsnorm_quantise(
-    x: Tensor,
-    *,
-    eps: float,
-    divisor: int | None = None,
-    gain: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    keep: int = 0,
-    **quantiser: Unpack[Quantiser],
-) -> tuple[Tensor | None, Quantised, Tensor]:
-    """RMSNorm of x [..., n], its first `keep` channels returned as they are, the others quantised.
-
-        rms = sqrt(Σ x² / divisor + eps S²)      y = x / rms, rounded to x's dtype, times gain
-
-    divisor: n by default. gain: [n] or [1]. row_scale: S [..., 1], 1 by default.
-    Returns y[..., :keep] (None for keep = 0), `quantise(y[..., keep:], ...)`, and rms [..., 1], which is
-    float32 for narrower x.
-    """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    floor: float | Tensor = eps if row_scale is None else eps * row_scale.square()
-    rms = (wide.square().sum(-1, keepdim=True) / (divisor or x.shape[-1]) + floor).sqrt()
-    y = (x / rms).to(x.dtype)
-    if gain is not None:
-        y = y * gain
-    return (*_split(y, keep, quantiser), rms)
-
-
-def hadamard_quantise(
-    x: Tensor, *, size: int, inner: int = 1, keep: int = 0, **quantiser: Unpack[Quantiser]
-) -> tuple[Tensor | None, Quantised]:
-    """The online Hadamard transform of x [..., n], its first `keep` channels returned, the others quantised.
-
-    size, inner: as in `online_hadamard`. Returns y[..., :keep] (None for keep = 0) and
-    `quantise(y[..., keep:], ...)`.
-    """
-    return _split(online_hadamard(x, size, inner), keep, quantiser)
-
-
-def online_hadamard(x: Tensor, size: int, inner: int = 1, inverse: bool = False) -> Tensor:
-    """x [..., n] with n = blocks * size * inner, every block viewed [size, inner] and multiplied by the
-    orthonormal Hadamard matrix along `size`. Computed in float32 at least, rounded to x's dtype once."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    parts = wide.unflatten(-1, (-1, size, inner))
-    if inner == 1:
-        out = hadamard_transform(parts.squeeze(-1), inverse=inverse).unsqueeze(-1)
-    else:
-        out = hadamard_transform(parts.transpose(-1, -2), inverse=inverse).transpose(-1, -2)
-    return out.flatten(-3).to(x.dtype)
-
-
-def _split(y: Tensor, keep: int, quantiser: Quantiser) -> tuple[Tensor | None, Quantised]:
-    return (y[..., :keep] if keep else None), quantise(y[..., keep:] if keep else y, **quantiser)
 
 
 @dataclass(frozen=True)

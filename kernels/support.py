@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import ops
-from kernels.kv_reference import PackedRows, kv_rows
+from kernels.kv_reference import Rows, kv_rows
 from kernels.packing import packed_width
 from kernels.reference import PackedWeight, Quantised
 
@@ -52,17 +52,24 @@ def cases() -> Iterator[Case]:
     """Every question, in the order of the table."""
     for operands, keywords in _LINEARS.items():
         yield Case("linear", operands, partial(_linear, **keywords))
-    for operands, keywords in _ROWS.items():
+    for operands, keywords in {**_ROWS, **_GATED}.items():
         yield Case("quantise", operands, partial(_quantise, **keywords))
-    for operands, keywords in {**_ROWS, **_RMSNORMS}.items():
+    for operands, keywords in _FLOATS.items():
+        yield Case("gated", operands, partial(_gated, **keywords))
+    for operands, keywords in {**_FLOATS, **_NORMS}.items():
+        yield Case("rmsnorm", operands, partial(_rmsnorm, **keywords))
+    for operands, keywords in {**_ROWS, **_NORMS, "64 kept channels": {"keep": 64}}.items():
         yield Case("rmsnorm_quantise", operands, partial(_rmsnorm_quantise, **keywords))
     for operands, keywords in _HADAMARDS.items():
         yield Case("hadamard_quantise", operands, partial(_hadamard_quantise, **keywords))
     for operands, keywords in _TRANSFORMS.items():
         yield Case("hadamard", operands, partial(_hadamard, **keywords))
+    for operands, keywords in {**_CACHES, **_APPENDED}.items():
+        yield Case("rope_append", operands, partial(_rope_append, **keywords))
+    for operands, keywords in {**_CACHES, **_ATTENDED}.items():
+        yield Case("kv_attention", operands, partial(_kv_attention, **keywords))
     for bits in (4, 8):
         yield Case("kv_append", f"{bits} bits", partial(_kv_append, bits))
-        yield Case("kv_attention", f"{bits} bits", partial(_kv_attention, bits))
 
 
 def on_cpu(case: Case) -> Answer:
@@ -162,10 +169,21 @@ _ROWS: dict[str, dict[str, Any]] = {
     "n = 577": {"n": 577},
 }
 
-_RMSNORMS: dict[str, dict[str, Any]] = {
-    "64 kept channels": {"keep": 64},
+_GATED: dict[str, dict[str, Any]] = {"with a gate, halves of rows": {"gate": True}}
+
+_FLOATS: dict[str, dict[str, Any]] = {
+    "bfloat16": {},
+    "float16": {"x": _F16},
+    "float32": {"x": _F32},
+    "float64": {"x": _F64},
+    "n = 14336": {"n": 14336},
+    "n = 577": {"n": 577},
+}
+
+_NORMS: dict[str, dict[str, Any]] = {
     "gain": {"gain": True},
     "row scale": {"row_scale": True},
+    "of a sum": {"add": True},
 }
 
 _TRANSFORMS: dict[str, dict[str, Any]] = {
@@ -177,6 +195,7 @@ _TRANSFORMS: dict[str, dict[str, Any]] = {
     "blocks of 128 in 4096": {"size": 128},
     "across 32 heads of 128": {"size": 32, "inner": 128},
     "across 9 heads of 64: none is known": {"n": 576, "size": 9, "inner": 64},
+    "size 14336 with a gate, halves of rows": {"n": 14336, "size": 14336, "gate": True},
     "float16": {"x": _F16},
     "float32": {"x": _F32},
     "float64": {"x": _F64},
@@ -251,8 +270,31 @@ def _quantiser(
     return keywords
 
 
-def _quantise(*, n: int = 4096, x: torch.dtype = _BF16, **quantiser: Any) -> Arguments:
-    return (_floats(8, n, dtype=x),), _quantiser(**quantiser)
+def _quantise(*, n: int = 4096, x: torch.dtype = _BF16, gate: bool = False, **quantiser: Any) -> Arguments:
+    rows, gates = _halves(n, x)
+    return (rows,), {"gate": gates if gate else None, **_quantiser(**quantiser)}
+
+
+def _gated(*, n: int = 4096, x: torch.dtype = _BF16) -> Arguments:
+    return _halves(n, x), {}
+
+
+def _rmsnorm(
+    *,
+    n: int = 4096,
+    x: torch.dtype = _BF16,
+    gain: bool = False,
+    row_scale: bool = False,
+    add: bool = False,
+) -> Arguments:
+    keywords: dict[str, Any] = {"eps": 1e-5}
+    if gain:
+        keywords["gain"] = _floats(n, dtype=x)
+    if row_scale:
+        keywords["row_scale"] = _floats(8, 1, dtype=_F32)
+    if add:
+        keywords["add"] = _floats(8, n, dtype=x)
+    return (_floats(8, n, dtype=x),), keywords
 
 
 def _rmsnorm_quantise(
@@ -262,18 +304,18 @@ def _rmsnorm_quantise(
     keep: int = 0,
     gain: bool = False,
     row_scale: bool = False,
+    add: bool = False,
     **quantiser: Any,
 ) -> Arguments:
-    keywords: dict[str, Any] = {"eps": 1e-5, "keep": keep, **_quantiser(**quantiser)}
-    if gain:
-        keywords["gain"] = _floats(n, dtype=x)
-    if row_scale:
-        keywords["row_scale"] = _floats(8, 1, dtype=_F32)
-    return (_floats(8, n, dtype=x),), keywords
+    operands, keywords = _rmsnorm(n=n, x=x, gain=gain, row_scale=row_scale, add=add)
+    return operands, {**keywords, "keep": keep, **_quantiser(**quantiser)}
 
 
-def _hadamard(*, n: int = 4096, x: torch.dtype = _BF16, size: int = 4096, inner: int = 1) -> Arguments:
-    return (_floats(8, n, dtype=x),), {"size": size, "inner": inner}
+def _hadamard(
+    *, n: int = 4096, x: torch.dtype = _BF16, size: int = 4096, inner: int = 1, gate: bool = False
+) -> Arguments:
+    rows, gates = _halves(n, x)
+    return (rows,), {"gate": gates if gate else None, "size": size, "inner": inner}
 
 
 def _hadamard_quantise(
@@ -282,23 +324,78 @@ def _hadamard_quantise(
     x: torch.dtype = _BF16,
     size: int = 4096,
     inner: int = 1,
+    gate: bool = False,
     keep: int = 0,
     **quantiser: Any,
 ) -> Arguments:
-    operands, keywords = _hadamard(n=n, x=x, size=size, inner=inner)
+    operands, keywords = _hadamard(n=n, x=x, size=size, inner=inner, gate=gate)
     return operands, {**keywords, "keep": keep, **_quantiser(**quantiser)}
 
 
+_CACHES: dict[str, dict[str, Any]] = {
+    "4 bits, heads of 128": {},
+    "4 bits, heads of 64": {"width": 64},
+    "4 bits, heads of 80": {"width": 80},
+    "3 bits": {"bits": 3},
+    "8 bits": {"bits": 8},
+    "4 bits, symmetric, static range": {"symmetric": True, "static": True},
+    "bfloat16": {"bits": 16},
+    "float16, 4 bits": {"dtype": _F16},
+    "float32, 4 bits": {"dtype": _F32},
+}
+
+_APPENDED: dict[str, dict[str, Any]] = {
+    "4 bits, online Hadamard": {"hadamard": True},
+    "4 bits, 512 positions": {"count": 512},
+    "float64, 4 bits": {"dtype": _F64},
+}
+
+_ATTENDED: dict[str, dict[str, Any]] = {
+    "4 bits, 32 query heads to a key": {"group": 32},
+    "4 bits, a mask": {"masked": True},
+    "4 bits, 512 positions at once": {"count": 512},
+    "bfloat16, 512 positions at once": {"bits": 16, "count": 512},
+}
+
+
+def _rope_append(
+    *, bits: int = 4, width: int = 128, count: int = 1, dtype: torch.dtype = _BF16, hadamard: bool = False,
+    **rows: Any,
+) -> Arguments:  # fmt: skip
+    merged = _floats(1, count, 8, width, dtype=dtype)
+    angles = _floats(1, 1, count, width // 2, dtype=dtype)
+    keys, values = (_kv_rows(bits, width, dtype, **rows) for _ in range(2))
+    heads = merged.split((4, 2, 2), dim=2)
+    return (*heads, angles, angles, keys, values, 0), {"hadamard": hadamard}
+
+
 def _kv_append(bits: int) -> Arguments:
-    return (_kv_rows(bits), _floats(1, 2, 1, 64), 0), {}
+    return (_kv_rows(bits, 64, _BF16), _floats(1, 2, 1, 64), 0), {}
 
 
-def _kv_attention(bits: int) -> Arguments:
-    return (_floats(1, 4, 1, 64), _kv_rows(bits), _kv_rows(bits), 8), {}
+def _kv_attention(
+    *, bits: int = 4, width: int = 128, count: int = 1, group: int = 2, masked: bool = False,
+    dtype: torch.dtype = _BF16, **rows: Any,
+) -> Arguments:  # fmt: skip
+    keys, values = (_kv_rows(bits, width, dtype, **rows) for _ in range(2))
+    mask = torch.ones(1, 1, count, 512, dtype=torch.bool) if masked else None
+    return (_floats(1, 2 * group, count, width, dtype=dtype), keys, values, 512), {"mask": mask}
 
 
-def _kv_rows(bits: int) -> PackedRows:
-    return kv_rows(1, 2, 8, 64, bits, symmetric=False)
+def _kv_rows(
+    bits: int, width: int, dtype: torch.dtype, symmetric: bool = False, static: bool = False
+) -> Rows:
+    if bits == 16:
+        return _floats(1, 2, 512, width, dtype=dtype)
+    scale = torch.ones(1) if static else None
+    wide, device = torch.promote_types(dtype, _F32), torch.empty(0).device
+    return kv_rows(1, 2, 512, width, bits, symmetric=symmetric, scale=scale, dtype=wide, device=device)
+
+
+def _halves(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two [8, n], as one product gives both."""
+    left, right = _floats(8, 2 * n, dtype=dtype).chunk(2, dim=-1)
+    return left, right
 
 
 def _floats(*shape: int, dtype: torch.dtype = _BF16) -> Tensor:

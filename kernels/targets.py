@@ -17,7 +17,7 @@ WITH_QUANTISE = "humming w4a8 + quantise"
 class Target:
     """`ours` against the fastest of some other contestants of the same contest, turn by turn, at every layer
     and number of rows named: at least `least` times as fast. aim: what was hoped for. limit: what the memory
-    or the tensor cores allow at best."""
+    or the tensor cores allow at best. those_that_ran: of the others; else all of them have to."""
 
     title: str
     operation: str
@@ -28,6 +28,7 @@ class Target:
     least: float
     aim: float | None = None
     limit: float | None = None
+    those_that_ran: bool = False
 
 
 def _against(operation: str, ours: str, theirs: str, rows: Sequence[int], more: str = "") -> Target:
@@ -40,6 +41,20 @@ def _pass(title: str, operation: str, layers: Sequence[str], rows: Sequence[int]
 
 RMSNORM = ("rmsnorm + quantise", ("hidden",))
 HADAMARD = ("hadamard + quantise", ("heads", "hidden", "intermediate"))
+KV4 = "ours kv4"
+BF16_ATTENTION = (
+    "ours bf16",
+    *(f"torch {name}{more}" for name in ("flash", "cuDNN", "efficient") for more in ("", ", heads folded")),
+)
+LATER = ("kv_attention", "rope_append", "kv_dequantise")
+"""Operations that a record may lack altogether: it is then not asked for their targets."""
+CONTEXTS, BATCHES = (1024, 8192, 32768), ("batch 1", "batch 8")
+
+
+def _attention(title: str, contexts: Sequence[int], layers: Sequence[str], least: float) -> Target:
+    return Target(title, "kv_attention", KV4, BF16_ATTENTION, layers, contexts, least, 3.0, 3.7, True)
+
+
 DECIDING = (
     Target("W4A4, many rows", W4A8, "ours w4a4", (BASELINE,), LINEARS, MANY, 1.7, 1.8, 2.0),
     Target("W4A8, few rows", W4A8, AT_REST, (BASELINE,), LINEARS, FEW, 3.2, 3.5, 4.0),
@@ -53,6 +68,7 @@ DECIDING = (
     _against(W4A16, A16_AT_REST, "humming w4a16", FEW),
     _pass("RMSNorm + quantise", *RMSNORM, MANY),
     _pass("Hadamard + quantise", *HADAMARD, MANY),
+    _attention("KV4 decode attention at 32k against the fastest bf16", CONTEXTS[-1:], BATCHES, 2.5),
 )
 INFORMATION = (
     Target("W4A8, few rows, plain", W4A8, PLAIN, (BASELINE,), LINEARS, FEW, 3.2, 3.5, 4.0),
@@ -78,6 +94,15 @@ INFORMATION = (
     _against(W4A16, "ours w4a16, default choice", "humming w4a16", FEW),
     _pass("RMSNorm + quantise, few rows", *RMSNORM, (*FEW, *SIXTY_FOUR)),
     _pass("Hadamard + quantise, few rows", *HADAMARD, (*FEW, *SIXTY_FOUR)),
+    _attention("KV4 decode attention at 1k and 8k", CONTEXTS[:2], BATCHES, 1.0),
+    _attention(
+        "KV4 decode attention, heads of 64",
+        CONTEXTS[-1:],
+        tuple(f"heads of 64, {each}" for each in BATCHES),
+        2.0,
+    ),
+    Target("KV4 append of a prompt", "rope_append", "ours", (COPY, STREAM), ("kv4, Hadamard",), MANY, 0.5),
+    Target("KV4 dequantised", "kv_dequantise", "ours", (COPY, STREAM), ("kv4",), CONTEXTS, 0.7, None, 1.0),
 )
 """Of a run, what decides whether the kernels are what they are meant to be, and what is told besides."""
 

@@ -1,8 +1,15 @@
-"""The KV cache of the decoder: keys (after RoPE and any online rotation) and values, as written."""
+"""The KV cache of the decoder: keys (after RoPE and any online rotation) and values, as written.
+
+`KVCache` grows with what is written. `FixedCache` has room for a number of positions from the start, and for
+one position at a time it can be written to without the host: its length then lives on the device, where a
+captured CUDA graph finds it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +17,8 @@ from torch import Tensor
 from kernels.kv_reference import PackedRows, kv_resize
 
 Rows = Tensor | PackedRows
+Allocate = Callable[[int], tuple[Rows, Rows]]
+"""Empty room for the keys and the values of one layer, of as many positions as given."""
 
 
 class KVCache:
@@ -40,26 +49,21 @@ class KVCache:
         start, pair = self._lengths[layer], self._rows[layer]
         stop = start + keys.shape[2]
         if pair is None:
-            held = (keys, values)
+            held = _alone(keys), _alone(values)
         else:
             held = _floats(_grown(pair[0], start, stop)), _floats(_grown(pair[1], start, stop))
             held[0][:, :, start:stop], held[1][:, :, start:stop] = keys, values
         self._rows[layer], self._lengths[layer] = held, stop
         return held[0][:, :, :stop], held[1][:, :, :stop]
 
-    def reserve(
-        self, layer: int, count: int, allocate: Callable[[int], tuple[PackedRows, PackedRows]]
-    ) -> tuple[PackedRows, PackedRows, int]:
-        """The packed keys and values of a layer with room for `count` more positions, which count as held
-        from now on, and the first of these. allocate(capacity): empty keys and values."""
+    def reserve(self, layer: int, count: int, allocate: Allocate) -> tuple[Rows, Rows, int, int]:
+        """The keys and values of a layer with room for `count` more positions, which count as held from now
+        on, the first of these, and the first behind them."""
         start, pair = self._lengths[layer], self._rows[layer]
         stop = start + count
-        if pair is None:
-            keys, values = allocate(stop)
-        else:
-            keys, values = _packed(_grown(pair[0], start, stop)), _packed(_grown(pair[1], start, stop))
+        keys, values = allocate(stop) if pair is None else (_grown(rows, start, stop) for rows in pair)
         self._rows[layer], self._lengths[layer] = (keys, values), stop
-        return keys, values, start
+        return keys, values, start, stop
 
     def truncate(self, length: int) -> None:
         """Drop every position from `length` on, so that another continuation can be written."""
@@ -84,10 +88,74 @@ class KVCache:
         return copy
 
 
+class FixedCache:
+    """Room for `capacity` positions of `batch` sequences in every layer of a decoder, allocated at once.
+
+    rows: keys and values of each layer. length: positions held by all of them. start, stop: 0-dim int64
+    tensors on the device of the rows, the position that is written while `stepping` and the first behind it;
+    whoever steps keeps them at `length` and `length` + 1, in place.
+    """
+
+    def __init__(
+        self, rows: Sequence[tuple[Rows, Rows]], start: Tensor, stop: Tensor, length: int = 0
+    ) -> None:
+        self.rows = list(rows)
+        self.start, self.stop = start, stop
+        self.length = length
+        self.stepping = False
+
+    @property
+    def capacity(self) -> int:
+        return _codes(self.rows[0][0]).shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the room."""
+        return sum(part.nbytes for pair in self.rows for rows in pair for part in _tensors(rows))
+
+    def reserve(
+        self, layer: int, count: int, allocate: Allocate
+    ) -> tuple[Rows, Rows, int | Tensor, int | Tensor]:
+        """As `KVCache.reserve`; `length` is raised by whoever reads through all layers. While `stepping`, the
+        one position is named by `start` and `stop`, and nothing depends on the host."""
+        keys, values = self.rows[layer]
+        if self.stepping:
+            return keys, values, self.start, self.stop
+        if self.length + count > self.capacity:
+            raise ValueError(f"{self.length + count} positions, and the cache has room for {self.capacity}")
+        return keys, values, self.length, self.length + count
+
+    def of(self, sequences: slice) -> FixedCache:
+        """The room of some of the sequences, the same memory."""
+        rows = [(_sliced(keys, sequences), _sliced(values, sequences)) for keys, values in self.rows]
+        return FixedCache(rows, self.start, self.stop, self.length)
+
+
+def _alone(x: Tensor) -> Tensor:
+    """x, copied where it would keep a larger tensor alive, such as the output of merged projections."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
+
+
+def _sliced(rows: Rows, sequences: slice) -> Rows:
+    """Some sequences of rows."""
+    if isinstance(rows, Tensor):
+        return rows[sequences]
+    parts: dict[str, Any] = {
+        name: part[sequences]
+        for name, part in vars(rows).items()
+        if isinstance(part, Tensor) and part.dim() > 0
+    }
+    return replace(rows, **parts)
+
+
+def _codes(rows: Rows) -> Tensor:
+    return rows if isinstance(rows, Tensor) else rows.codes
+
+
 def _grown(rows: Rows, length: int, needed: int) -> Rows:
     """`rows`, of which `length` positions are held, moved to at least twice the room where it has no
     `needed` positions."""
-    capacity = (rows if isinstance(rows, Tensor) else rows.codes).shape[2]
+    capacity = _codes(rows).shape[2]
     return rows if capacity >= needed else _resized(rows, length, max(2 * capacity, needed))
 
 
@@ -110,9 +178,4 @@ def _tensors(rows: Rows) -> list[Tensor]:
 
 def _floats(rows: Rows) -> Tensor:
     assert isinstance(rows, Tensor)
-    return rows
-
-
-def _packed(rows: Rows) -> PackedRows:
-    assert isinstance(rows, PackedRows)
     return rows

@@ -75,6 +75,8 @@ def write_compressed(folder: Path, quantised: Quantised, checkpoint: Checkpoint)
     model = quantised.decoder
     if model.execution != "simulate":
         raise ValueError("only a decoder in simulated execution still holds the codes of its weights")
+    if model.merged:
+        raise ValueError("a decoder whose projections are merged cannot be written: write it before")
     reasons = objections(model, quantised.plan, checkpoint.config)
     fractional = [name for name, linear in model.linears() if not _zeros_are_codes(linear.quantised)]
     if fractional:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from methods.bits import LinearSpec
-from methods.decoder import Decoder
+from methods.decoder import Decoder, parts_of
 from methods.linear import Linear
 from methods.method import Plan
 
@@ -74,7 +74,8 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def _spec(plan: Plan, name: str) -> LinearSpec:
-    return plan.linears.get(name, LinearSpec(bits=16))
+    """Of a merged linear, that of its parts: only linears of one form are merged."""
+    return plan.linears.get(parts_of(name)[0], LinearSpec(bits=16))
 
 
 def effective_bits(model: Decoder, plan: Plan) -> dict[str, float]:
@@ -86,16 +87,17 @@ def effective_bits(model: Decoder, plan: Plan) -> dict[str, float]:
         outputs, width = linear.shape
         weights += outputs * width
         weight_bits += linear_bits(linear, spec)
-        inputs += width
+        readers = len(parts_of(name))
+        inputs += readers * width
         if spec.activation is None:
-            activation_bits += 16 * width
+            activation_bits += readers * 16 * width
         else:
             quantised = width - spec.keep
             scales = quantised / (spec.activation.group or quantised)
             overhead = (
                 0.0 if spec.activation.static else 16 * scales * (1 if spec.activation.symmetric else 2)
             )
-            activation_bits += 16 * spec.keep + spec.activation.bits * quantised + overhead
+            activation_bits += readers * (16 * spec.keep + spec.activation.bits * quantised + overhead)
     kv = 16.0
     if plan.kv is not None:
         per_head = 0 if plan.kv.static else 16 * (1 if plan.kv.symmetric else 2)

@@ -1,4 +1,4 @@
-"""Greedy and sampled generation over the decoder's KV cache."""
+"""Greedy and sampled generation, one decode step a token."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from methods.decoder import Decoder
+from methods.graphs import Decoding
 
 
 @torch.no_grad()
@@ -23,24 +24,29 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop: Callable[[list[int]], bool] | None = None,
+    decoding: Decoding | None = None,
 ) -> list[list[int]]:
     """Continue each row of ids [B, T]; return the new tokens of each row, an end token included.
 
     mask: bool [B, T], True at real tokens; pad on the left. temperature 0 is greedy. `stop` sees a row's
     new tokens after each step and ends the row by returning True. Sampling draws from a generator of its
-    own, so equal seeds give equal text.
+    own, so equal seeds give equal text. decoding: of this decoder and B rows, with room for
+    T + max_new_tokens - 1 positions, used again instead of a new one.
     """
     if ids.shape[1] == 0:
         raise ValueError("generation needs at least one token of context")
     if mask is not None and not bool(mask[:, -1].all()):
         raise ValueError("pad prompts on the left for generation")
     generator = torch.Generator(device=ids.device).manual_seed(seed)
-    cache = decoder.new_cache()
     rows: list[list[int]] = [[] for _ in range(ids.shape[0])]
-    active = [max_new_tokens > 0] * len(rows)
-    step = ids
-    while any(active):
-        logits = decoder(step, mask=mask, cache=cache, last=1)[:, -1]
+    if max_new_tokens < 1:
+        return rows
+    if decoding is None:
+        decoding = Decoding(decoder, ids.shape[0], ids.shape[1] + max_new_tokens - 1)
+    decoding.reset()
+    active = [True] * len(rows)
+    logits = decoding.prefill(ids, mask)
+    while True:
         chosen = sample(logits, temperature, top_k, top_p, generator)
         for row, token in enumerate(chosen.tolist()):
             if not active[row]:
@@ -48,10 +54,9 @@ def generate(
             rows[row].append(token)
             ended = token in eos_ids or (stop is not None and stop(rows[row]))
             active[row] = not ended and len(rows[row]) < max_new_tokens
-        step = chosen[:, None]
-        if mask is not None:
-            mask = torch.cat((mask, mask.new_ones(len(rows), 1)), dim=1)
-    return rows
+        if not any(active):
+            return rows
+        logits = decoding.step(chosen)
 
 
 def sample(

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import ops
+from kernels.pass_reference import online_hadamard
 from kernels.reference import (
     PackedWeight,
     Quantised,
     Quantiser,
     fake_quantise,
-    online_hadamard,
     pack_weight,
 )
 from methods.bits import ActivationSpec, LinearSpec
@@ -149,28 +149,35 @@ class Linear(nn.Module):
         self.set_weight(self.weight.new_empty(0))
 
     def quantise_input(
-        self, x: Tensor | QuantisedInput, online: OnlineHadamard | None = None
+        self,
+        x: Tensor | QuantisedInput,
+        online: OnlineHadamard | None = None,
+        gate: Tensor | None = None,
     ) -> Tensor | QuantisedInput:
-        """x [..., in], behind its online transform, as this linear sees it: quantised per token, or by the
-        static range; in codes where the linear is packed, else fake-quantised."""
+        """silu(gate) * x (x alone without a gate), each [..., in], behind its online transform, as this
+        linear sees it: quantised per token, or by the static range; in codes where the linear is packed, else
+        fake-quantised."""
         if isinstance(x, QuantisedInput):
             return x
-        if online is not None and (
-            self.packed is None or self.activation is None or self.observer is not None
-        ):
-            return self.quantise_input(online(x))
+        coded = self.packed is not None and self.activation is not None
+        if coded and self.observer is None:  # one operation where it can be
+            options = self.input_quantiser()
+            if online is not None:
+                kept, codes = ops.hadamard_quantise(
+                    x, gate=gate, size=online.size, inner=online.inner, keep=self.keep, **options
+                )
+                return self.observed(QuantisedInput(codes, kept, x.dtype))
+            if not self.keep:
+                codes = ops.quantise(x, gate=gate, **options)
+                return self.observed(QuantisedInput(codes, None, x.dtype))
+        x = _transformed(x, online, gate)
         if self.observer is not None:
             self.observer(x)
         if self.activation is None:
             return x
         options = self.input_quantiser()
-        if self.packed is not None and online is not None:
-            kept, codes = ops.hadamard_quantise(
-                x, size=online.size, inner=online.inner, keep=self.keep, **options
-            )
-            return self.observed(QuantisedInput(codes, kept, x.dtype))
         kept, part = (x[..., : self.keep], x[..., self.keep :]) if self.keep else (None, x)
-        if self.packed is not None:
+        if coded:
             return self.observed(QuantisedInput(ops.quantise(part, **options), kept, x.dtype))
         part = fake_quantise(part, **options)
         return part if kept is None else torch.cat((kept, part), dim=-1)
@@ -233,9 +240,11 @@ class Linear(nn.Module):
         x: Tensor | QuantisedInput,
         row_scale: Tensor | None = None,
         online: OnlineHadamard | None = None,
+        gate: Tensor | None = None,
     ) -> Tensor:
-        """x: [..., in]; row_scale: [..., 1]; online: a transform of x that runs before it is quantised."""
-        return self.apply_to(self.quantise_input(x, online), row_scale)
+        """x: [..., in]; row_scale: [..., 1]; online: a transform of x that runs before it is quantised; gate:
+        [..., in], x becomes silu(gate) * x before that."""
+        return self.apply_to(self.quantise_input(x, online, gate), row_scale)
 
 
 def _moved(packed: PackedWeight, device: torch.device) -> PackedWeight:
@@ -246,6 +255,13 @@ def _moved(packed: PackedWeight, device: torch.device) -> PackedWeight:
         zero=None if packed.zero is None else packed.zero.to(device),
         colsum=None if packed.colsum is None else packed.colsum.to(device),
     )
+
+
+def _transformed(x: Tensor, online: OnlineHadamard | None, gate: Tensor | None) -> Tensor:
+    if online is not None:
+        y: Tensor = online(x, gate=gate)
+        return y
+    return x if gate is None else ops.gated(gate, x)
 
 
 def project(x: Tensor | QuantisedInput, linears: Sequence[Linear]) -> list[Tensor]:
@@ -288,10 +304,11 @@ class OnlineHadamard(nn.Module):
         self.inner = inner
         self.packed = False
 
-    def forward(self, x: Tensor, inverse: bool = False) -> Tensor:
+    def forward(self, x: Tensor, inverse: bool = False, gate: Tensor | None = None) -> Tensor:
+        """x: [..., n]; gate: [..., n], x becomes silu(gate) * x first."""
         if self.packed and not inverse:
-            return ops.hadamard(x, size=self.size, inner=self.inner)
-        return online_hadamard(x, self.size, self.inner, inverse)
+            return ops.hadamard(x, gate=gate, size=self.size, inner=self.inner)
+        return online_hadamard(x if gate is None else ops.gated(gate, x), self.size, self.inner, inverse)
 
     def extra_repr(self) -> str:
         return f"size={self.size}, inner={self.inner}"

@@ -48,6 +48,8 @@ def write_packed(folder: Path, model: Decoder, source: Path, made_by: Facts) -> 
     """
     if model.execution != "int4":
         raise ValueError("only a decoder in int4 execution can be written packed: pack_decoder first")
+    if model.merged:
+        raise ValueError("a decoder whose projections are merged cannot be written: write it before")
     tensors, shared = _distinct(dict(_named_tensors(model)))
     manifest = {
         "format": FORMAT,

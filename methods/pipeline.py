@@ -219,6 +219,8 @@ def _learn(
 
 def set_quantisers(model: Decoder, plan: Plan) -> None:
     """Switch on the quantisers of linear inputs and of the KV cache."""
+    if model.merged:
+        raise ValueError("a plan names linears that this decoder has merged: set quantisers before")
     for name, linear in model.linears():
         spec = plan.linears.get(name)
         linear.activation = spec.activation if spec is not None else None

@@ -47,9 +47,3 @@ def cos_sin(inverse: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Ten
     positions lose nothing."""
     angles = positions.to(torch.float64)[:, None, :, None] * inverse.to(positions.device)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D/2) of x [B, H, T, D]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

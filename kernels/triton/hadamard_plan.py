@@ -135,7 +135,7 @@ def matrices(size: int, cut: Plan, dtype: torch.dtype, device: torch.device) -> 
             slow[: cut.A, : cut.A] = hadamard_matrix(order_slow).T * part
         if cut.fast:
             fast[: cut.B, : cut.B] = hadamard_matrix(order_fast) * (1.0 if cut.slow else part)
-        if cut.permuted:  # see `_ordered` in hadamard_quantise
+        if cut.permuted:  # see `ordered` in hadamard_tiles
             slow = slow.unflatten(0, (2, -1, 8)).transpose(0, 1).flatten(0, 2)
             fast = fast.unflatten(1, (4, 8, 2)).transpose(1, 2).flatten(1)
         # Beside the slow product, the fast one takes bfloat16 terms. Both are complete when this returns: a

@@ -1,4 +1,5 @@
-"""The online Hadamard transform, and quantising, in one pass: one read of x, one write of the codes.
+"""The online Hadamard transform, behind the gate of an MLP and in front of a quantiser, in one pass: one read
+of x and of its gate, one write of the codes.
 
 H of the order `size` is had_A ⊗ H_J ⊗ H_B: a row is J tiles [A, B], and the transform is three steps.
 
@@ -31,6 +32,7 @@ from kernels import tuning
 from kernels.compiled import Compilation
 from kernels.reference import Quantised, Quantiser
 from kernels.triton.hadamard_plan import matrices, plan, shape_constants, unsupported_transform
+from kernels.triton.hadamard_tiles import apart, butterfly, halves, ordered, prefetched, terms
 from kernels.triton.quantise import (
     DTYPES,
     Results,
@@ -38,11 +40,13 @@ from kernels.triton.quantise import (
     compilation,
     constants,
     rows_of,
+    unsupported_beside,
     unsupported_input,
     unsupported_quantiser,
 )  # fmt: skip
 from kernels.triton.rounding import (
     codes,
+    gated,
     larger,
     largest,
     largest_magnitude,
@@ -67,65 +71,11 @@ class Choice:
 
 
 @triton.jit
-def _terms(x, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 x as a sum of bfloat16 numbers: 2 hold 17 bits of it, 3 all of them."""
-    term = narrow(x, tl.bfloat16)
-    terms = (term,)
-    for _ in tl.static_range(COUNT - 1):
-        x = x - widen(term)
-        term = narrow(x, tl.bfloat16)
-        terms = terms + (term,)  # type: ignore[assignment]
-    return terms
-
-
-@triton.jit
-def _apart(pairs, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The 16-bit numbers in int32 pairs [rows, j, n], as [rows, 2 j n]."""
-    numbers = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16)).to(dtype, bitcast=True)
-    return tl.reshape(numbers, [pairs.shape[0], 2 * pairs.shape[1] * pairs.shape[2]])
-
-
-@triton.jit
-def _halves(x):  # type: ignore[no-untyped-def]
-    """The left and the right half of a tile: other names for the same registers."""
-    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
-
-
-@triton.jit
-def _butterfly(a, other, LAST: tl.constexpr, norm, NORM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The sum of two tiles, or, in the place of the last of them, the difference; with NORM, times norm."""
-    if NORM:
-        factor = tl.full((1, 1), 0.0, tl.float32) + norm
-        if LAST:
-            return tl.fma(a, 0.0 - factor, other * factor)
-        else:
-            return tl.fma(other, factor, a * factor)
-    elif LAST:
-        return other - a
-    else:
-        return a + other
-
-
-@triton.jit
-def _ordered(x, ORDERED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile whose rows and columns come as the matrices of `matrices` gave them, by channel.
-
-    A thread of the products holds two columns of every eight, and of their rows one of every eight. So
-    ordered, its columns are sixteen neighbours, and it holds what a store of 16 bytes takes.
-    """
-    if ORDERED:
-        return x
-    else:
-        parts = tl.reshape(x, [x.shape[0] // 16, 2, 8, 8, 4, 2])
-        return tl.reshape(tl.permute(parts, (1, 0, 2, 4, 3, 5)), [x.shape[0], x.shape[1]])
-
-
-@triton.jit
 def _hadamard(  # type: ignore[no-untyped-def]
-    x, slow, fast, out, scales, zeros, given_scale, given_zero, kept,
-    rows, n, keep, stride, scale_step, zero_step, clip, norm,
+    x, gate, slow, fast, out, scales, zeros, given_scale, given_zero, kept,
+    rows, n, keep, stride, gate_stride, scale_step, zero_step, clip, norm,
     BITS: tl.constexpr, SYMMETRIC: tl.constexpr, STATIC: tl.constexpr, CLAMP: tl.constexpr,
-    QUANTISE: tl.constexpr, KEEP: tl.constexpr, NORM: tl.constexpr,
+    GATE: tl.constexpr, QUANTISE: tl.constexpr, KEEP: tl.constexpr, NORM: tl.constexpr,
     BLOCKS: tl.constexpr, A: tl.constexpr, J: tl.constexpr, B: tl.constexpr,
     A_PAD: tl.constexpr, B_PAD: tl.constexpr, SLOW: tl.constexpr, FAST: tl.constexpr,
     STAGES: tl.constexpr, LINES: tl.constexpr, AHEAD: tl.constexpr, JOINED: tl.constexpr,
@@ -163,24 +113,23 @@ def _hadamard(  # type: ignore[no-untyped-def]
             # Into the L2 cache, a line a thread: the copy to shared memory starts when this row is done.
             ahead = tl.cast(tl.minimum(row + (2 if AHEAD else 1) * tl.num_programs(0), rows - 1), tl.int64)
             line = tl.minimum(tl.arange(0, LINES) * (1024 // x.dtype.element_ty.primitive_bitwidth), n - 1)
-            there = x + ahead * stride + line
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [there], tl.int32, False, 1
-            )
+            prefetched(x + ahead * stride + line)
+            if GATE:
+                prefetched(gate + ahead * gate_stride + line)
         tiles = ()
         for t in tl.static_range(0, BLOCKS * J, JOINED):
             if AHEAD:
-                z = _apart(fetched, x.dtype.element_ty)
+                z = apart(fetched, x.dtype.element_ty)
             else:
-                z = tl.load(
-                    x + start * stride + (t // J * (A * J * B) + t % J * B + place_joined),
-                    inside_joined,
-                    other=0.0,
-                )
+                there = t // J * (A * J * B) + t % J * B + place_joined
+                z = tl.load(x + start * stride + there, inside_joined, other=0.0)
+                if GATE:
+                    factor = tl.load(gate + start * gate_stride + there, inside_joined, other=0.0)
+                    z = gated(factor, z)
             if SLOW:
                 if WIDE:
-                    terms = _terms(z, 3)
-                    z = tl.dot(left, terms[0], tl.dot(left, terms[1], tl.dot(left, terms[2])))
+                    parts = terms(z, 3)
+                    z = tl.dot(left, parts[0], tl.dot(left, parts[1], tl.dot(left, parts[2])))
                 else:
                     z = tl.dot(left, z)
             pieces = (z,)
@@ -188,7 +137,7 @@ def _hadamard(  # type: ignore[no-untyped-def]
                 if (1 << level) < JOINED:
                     cut = ()
                     for p in tl.static_range(1 << level):
-                        cut = cut + _halves(pieces[p])  # type: ignore[assignment]
+                        cut = cut + halves(pieces[p])  # type: ignore[assignment]
                     pieces = cut
             tiles = tiles + pieces  # type: ignore[assignment]
         for level in tl.static_range(4):
@@ -196,7 +145,7 @@ def _hadamard(  # type: ignore[no-untyped-def]
                 mixed = ()
                 for t in tl.static_range(BLOCKS * J):
                     mixed = mixed + (  # type: ignore[assignment]
-                        _butterfly(
+                        butterfly(
                             tiles[t],
                             tiles[t ^ (1 << level)],
                             t & (1 << level) != 0,
@@ -213,11 +162,11 @@ def _hadamard(  # type: ignore[no-untyped-def]
             channel = t // J * (A * J * B) + t % J * B + place
             if FAST:
                 if WIDE:
-                    terms = _terms(y, 3)
-                    y = tl.dot(terms[0], right, tl.dot(terms[1], right, tl.dot(terms[2], right)))
+                    parts = terms(y, 3)
+                    y = tl.dot(parts[0], right, tl.dot(parts[1], right, tl.dot(parts[2], right)))
                 elif SLOW:
-                    terms = _terms(y, 2)
-                    y = tl.dot(terms[0], right, tl.dot(terms[1], right))
+                    parts = terms(y, 2)
+                    y = tl.dot(parts[0], right, tl.dot(parts[1], right))
                 else:
                     y = tl.dot(y, right)
             if NORM and J == 1:
@@ -229,7 +178,7 @@ def _hadamard(  # type: ignore[no-untyped-def]
                 # what makes it NaN lies in a kept block, or is an infinity that a static range clamps.
                 counted = y
                 if KEEP or (STATIC and PADDED):
-                    counted = tl.where(inside & (channel >= keep), _ordered(y, ORDERED), 0.0)
+                    counted = tl.where(inside & (channel >= keep), ordered(y, ORDERED), 0.0)
                 if SYMMETRIC or STATIC:
                     high = larger(high, largest_magnitude(counted))
                 else:
@@ -257,9 +206,9 @@ def _hadamard(  # type: ignore[no-untyped-def]
             byte = y  # type: ignore[var-annotated]
             if QUANTISE:
                 byte = codes(y, recipe, SYMMETRIC, CLAMP, WIDE).to(out.dtype.element_ty)
-            byte = _ordered(byte, ORDERED)
+            byte = ordered(byte, ORDERED)
             if KEEP:
-                tl.store(kept + start * keep + channel, _ordered(y, ORDERED), inside & (channel < keep))
+                tl.store(kept + start * keep + channel, ordered(y, ORDERED), inside & (channel < keep))
                 tl.store(out + start * (n - keep) + (channel - keep), byte, inside & (channel >= keep))
             else:
                 tl.store(out + start * n + channel, byte, inside)
@@ -268,6 +217,7 @@ def _hadamard(  # type: ignore[no-untyped-def]
 def hadamard_quantise(
     x: Tensor,
     *,
+    gate: Tensor | None = None,
     size: int,
     inner: int = 1,
     keep: int = 0,
@@ -275,37 +225,46 @@ def hadamard_quantise(
     overlapped: bool = False,
     **quantiser: Unpack[Quantiser],
 ) -> tuple[Tensor | None, Quantised]:
-    """`reference.hadamard_quantise` on the GPU.
+    """`pass_reference.hadamard_quantise` on the GPU.
 
-    x: [..., n], bfloat16, float16 or float32. The transform is the reference's up to rounding in float32, and
-    the codes are those of the transform. choice and overlapped as in `quantise`. The first call for a size
-    copies its matrices to the GPU, which a CUDA graph cannot record. Raises ValueError, naming what does not
-    fit, where `unsupported` does.
+    x, gate: [..., n], bfloat16, float16 or float32. The transform is the reference's up to rounding in
+    float32, of a product as `rounding.gated` has it; the codes are those of the transform. choice and
+    overlapped as in `quantise`. The first call for a size copies its matrices to the GPU, which a CUDA graph
+    cannot record. Raises ValueError, naming what does not fit, where `unsupported` does.
     """
-    check(unsupported(x, size=size, inner=inner, keep=keep, **quantiser))
+    check(unsupported(x, gate=gate, size=size, inner=inner, keep=keep, **quantiser))
     leading, n = x.shape[:-1], x.shape[-1]
     q = Results(leading, n - keep, x.device, quantiser)
     kept = x.new_empty(*leading, keep) if keep else None
     operands = (*q.pointers(), q.scale if kept is None else kept)
-    _launch(x, size, inner, keep, operands, q.numbers(), q.constants(x.dtype), True, choice, overlapped)
+    _launch(x, gate, size, inner, keep, operands, q.numbers(), q.constants(x.dtype), True, choice, overlapped)
     return kept, q.quantised()
 
 
 def hadamard(
-    x: Tensor, *, size: int, inner: int = 1, choice: Choice | None = None, overlapped: bool = False
+    x: Tensor,
+    *,
+    gate: Tensor | None = None,
+    size: int,
+    inner: int = 1,
+    choice: Choice | None = None,
+    overlapped: bool = False,
 ) -> Tensor:
-    """`reference.online_hadamard` on the GPU: x [..., n] transformed, in its dtype. Otherwise as
+    """`pass_reference.hadamard` on the GPU: x [..., n] transformed, in its dtype. Otherwise as
     `hadamard_quantise`."""
-    check(unsupported(x, size=size, inner=inner))
+    check(unsupported(x, gate=gate, size=size, inner=inner))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     unused = constants(8, True, False, 1.0, x.dtype)
-    _launch(x, size, inner, 0, (y,) * 6, (0, 0, 1.0), unused, False, choice, overlapped)
+    _launch(x, gate, size, inner, 0, (y,) * 6, (0, 0, 1.0), unused, False, choice, overlapped)
     return y
 
 
-def unsupported(x: Tensor, *, size: int, inner: int = 1, keep: int = 0, **quantiser: Any) -> str | None:
+def unsupported(
+    x: Tensor, *, gate: Tensor | None = None, size: int, inner: int = 1, keep: int = 0, **quantiser: Any
+) -> str | None:
     """Why `hadamard_quantise`, or without a quantiser `hadamard`, cannot run here, in a phrase, or None."""
-    reason = unsupported_input(x, keep) or unsupported_transform(x.shape[-1], size, inner, x.dtype)
+    reason = unsupported_input(x, keep, gate) or unsupported_beside(x, "gate", gate)
+    reason = reason or unsupported_transform(x.shape[-1], size, inner, x.dtype)
     if reason is None and quantiser:
         reason = unsupported_quantiser(x, x.shape[-1] - keep, **quantiser)
     return reason
@@ -313,6 +272,7 @@ def unsupported(x: Tensor, *, size: int, inner: int = 1, keep: int = 0, **quanti
 
 def _launch(
     x: Tensor,
+    gate: Tensor | None,
     size: int,
     inner: int,
     keep: int,
@@ -324,6 +284,7 @@ def _launch(
     overlapped: bool,
 ) -> None:
     rows = rows_of(x)
+    gates = rows if gate is None else rows_of(gate)
     m, n = rows.shape
     if not m:
         return
@@ -332,14 +293,15 @@ def _launch(
     if cut is None or not cut.fits:
         raise ValueError(f"tiles of at most {choice.height} rows do not hold rows of {n} in blocks of {size}")
     slow, fast, norm = matrices(size, cut, x.dtype, x.device)
-    # Where more than codes is stored, there are no registers to keep the next row in.
-    paired = rows.stride(0) % 2 == 0 and rows.data_ptr() % 4 == 0 and quantised and not keep
+    # Where more than codes is stored, or a gate is read, there are no registers to keep the next row in.
+    aligned = rows.stride(0) % 2 == 0 and rows.data_ptr() % 4 == 0
+    paired = aligned and quantised and not keep and gate is None
     programs = choice.programs or cut.programs
     with torch.cuda.device_of(x):
         _hadamard[(min(m, _multiprocessors(x.device) * programs),)](
-            rows, slow, fast, *operands, m, n, keep, rows.stride(0), *numbers, norm,
+            rows, gates, slow, fast, *operands, m, n, keep, rows.stride(0), gates.stride(0), *numbers, norm,
             **quantiser, **shape_constants(cut, n, norm, choice.stages or cut.stages, x.dtype, paired),
-            QUANTISE=quantised, KEEP=keep > 0, OVERLAPPED=overlapped,
+            GATE=gate is not None, QUANTISE=quantised, KEEP=keep > 0, OVERLAPPED=overlapped,
             **cut.options(programs), enable_fp_fusion=False, launch_pdl=overlapped,
         )  # fmt: skip
 
@@ -353,6 +315,13 @@ def compilations() -> Iterator[Compilation]:
     """What stands for this kernel in the compile tests."""
     cases = [
         ("bf16-4096", torch.bfloat16, 4096, 4096, 1, 0, True, 1.0),
+        ("bf16-14336-gate", torch.bfloat16, 14336, 14336, 1, 0, True, 1.0),
+        ("bf16-14336-gate-clip", torch.bfloat16, 14336, 14336, 1, 0, True, 0.9),
+        ("bf16-14336-gate-keep", torch.bfloat16, 14336, 14336, 1, 64, True, 1.0),
+        ("bf16-8192-gate", torch.bfloat16, 8192, 8192, 1, 0, True, 1.0),
+        ("bf16-18944-gate", torch.bfloat16, 18944, 18944, 1, 0, True, 1.0),
+        ("bf16-8192-gate-transform-alone", torch.bfloat16, 8192, 8192, 1, 0, False, 1.0),
+        ("fp32-8192-gate", torch.float32, 8192, 8192, 1, 0, True, 1.0),
         ("bf16-4096-32x128", torch.bfloat16, 4096, 32, 128, 0, True, 1.0),
         ("bf16-4096-keep-clip", torch.bfloat16, 4096, 4096, 1, 64, True, 0.9),
         ("bf16-4096-transform-alone", torch.bfloat16, 4096, 4096, 1, 0, False, 1.0),
@@ -364,6 +333,7 @@ def compilations() -> Iterator[Compilation]:
         ("fp32-4096", torch.float32, 4096, 4096, 1, 0, True, 1.0),
     ]
     for name, dtype, n, size, inner, keep, quantised, clip in cases:
+        gate = "-gate" in name
         cut = plan(n, size, inner)
         assert cut is not None
         pointer = f"*{DTYPES[dtype]}"
@@ -372,11 +342,12 @@ def compilations() -> Iterator[Compilation]:
         yield compilation(
             f"hadamard-quantise-{name}",
             _hadamard,
-            {"x": pointer, "kept": pointer, "norm": "fp32", "out": "*i8" if quantised else pointer}
+            {"x": pointer, "gate": pointer, "kept": pointer, "norm": "fp32"}
+            | {"out": "*i8" if quantised else pointer}
             | {"slow": narrow, "fast": "*bf16" if cut.slow else narrow},
             constants(4, True, False, clip, dtype)
-            | shape_constants(cut, n, norm, cut.stages, dtype, quantised and not keep)
-            | {"QUANTISE": quantised, "KEEP": keep > 0, "OVERLAPPED": False},
+            | shape_constants(cut, n, norm, cut.stages, dtype, quantised and not keep and not gate)
+            | {"GATE": gate, "QUANTISE": quantised, "KEEP": keep > 0, "OVERLAPPED": False},
             cut.options(cut.programs),
             ("HGMMA",) if cut.padded[0] >= 64 else ("HMMA",),
         )

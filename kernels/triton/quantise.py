@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels import tuning
 from kernels.compiled import Compilation, divisible
 from kernels.reference import Quantised, Quantiser
-from kernels.triton.rounding import codes, largest, rounding, scale_and_zero, smallest
+from kernels.triton.rounding import codes, gated, largest, rounding, scale_and_zero, smallest
 
 # Of one row, in registers.
 LARGEST_ROW = 32768
@@ -37,9 +37,10 @@ class Choice:
 
 @triton.jit
 def _quantise(  # type: ignore[no-untyped-def]
-    x, out, scales, zeros, given_scale, given_zero, rows, n, stride, scale_step, zero_step, clip,
+    x, gate, out, scales, zeros, given_scale, given_zero,
+    rows, n, stride, gate_stride, scale_step, zero_step, clip,
     BITS: tl.constexpr, SYMMETRIC: tl.constexpr, STATIC: tl.constexpr, CLAMP: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
+    GATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     if OVERLAPPED:
         gdc_wait()
@@ -48,8 +49,12 @@ def _quantise(  # type: ignore[no-untyped-def]
     start = row.to(tl.int64)
     inside = (row < rows) & (column < n)
     raw = tl.load(x + start * stride + column, inside, other=0.0)
+    if GATE:
+        factor = tl.load(gate + start * gate_stride + column, inside, other=0.0)
     if OVERLAPPED:
         gdc_launch_dependents()
+    if GATE:
+        raw = gated(factor, raw)
     wide = raw.to(tl.float32)
     low = tl.zeros((ROWS, 1), tl.float32)
     fixed_scale, fixed_zero = low, low
@@ -73,6 +78,7 @@ def quantise(
     x: Tensor,
     bits: int,
     *,
+    gate: Tensor | None = None,
     symmetric: bool,
     clip: float = 1.0,
     group: int | None = None,
@@ -81,17 +87,19 @@ def quantise(
     choice: Choice | None = None,
     overlapped: bool = False,
 ) -> Quantised:
-    """`reference.quantise` on the GPU, to the bit.
+    """`pass_reference.quantise` on the GPU: to the bit, but for few products with a gate (`rounding.gated`).
 
-    x: [..., n], bfloat16, float16 or float32, n up to 32768. choice: None takes the table's. overlapped:
-    launch the kernel before the one in front of it on the stream has ended; it waits for that one's results.
+    x, gate: [..., n], bfloat16, float16 or float32, n up to 32768. choice: None takes the table's.
+    overlapped: launch the kernel before the one in front of it on the stream has ended; it waits for that
+    one's results.
     Raises ValueError, naming what does not fit, where `unsupported` does.
     """
     quantiser: Quantiser = {
         "bits": bits, "symmetric": symmetric, "clip": clip, "group": group, "scale": scale, "zero": zero
     }  # fmt: skip
-    check(unsupported(x, **quantiser))
+    check(unsupported(x, gate=gate, **quantiser))
     rows = rows_of(x)
+    gates = rows if gate is None else rows_of(gate)
     m, n = rows.shape
     q = Results(x.shape[:-1], n, x.device, quantiser)
     if m:
@@ -100,8 +108,8 @@ def quantise(
         many = min(max(choice.tile // block, 1), 16) if m > 64 else 1
         with torch.cuda.device_of(x):
             _quantise[(triton.cdiv(m, many),)](
-                rows, *q.pointers(), m, n, rows.stride(0), *q.numbers(),
-                **q.constants(x.dtype), ROWS=many, BLOCK=block, OVERLAPPED=overlapped,
+                rows, gates, *q.pointers(), m, n, rows.stride(0), gates.stride(0), *q.numbers(),
+                **q.constants(x.dtype), GATE=gate is not None, ROWS=many, BLOCK=block, OVERLAPPED=overlapped,
                 num_warps=warps(many * block, choice.elements if m > 64 else choice.few),
                 enable_fp_fusion=False, launch_pdl=overlapped,
             )  # fmt: skip
@@ -112,6 +120,7 @@ def unsupported(
     x: Tensor,
     bits: int,
     *,
+    gate: Tensor | None = None,
     symmetric: bool,
     clip: float = 1.0,
     group: int | None = None,
@@ -119,7 +128,8 @@ def unsupported(
     zero: Tensor | None = None,
 ) -> str | None:
     """Why `quantise` cannot run here, in a phrase, or None."""
-    return unsupported_input(x) or unsupported_quantiser(
+    reason = unsupported_input(x, 0, gate) or unsupported_beside(x, "gate", gate)
+    return reason or unsupported_quantiser(
         x, x.shape[-1], bits=bits, symmetric=symmetric, clip=clip, group=group, scale=scale, zero=zero
     )
 
@@ -138,6 +148,17 @@ def unsupported_input(x: Tensor, keep: int = 0, *others: Tensor | None) -> str |
     if not 0 <= keep < x.shape[-1]:
         return f"{keep} kept of {x.shape[-1]} channels"
     return None
+
+
+def unsupported_beside(x: Tensor, name: str, other: Tensor | None) -> str | None:
+    """Why a tensor of that name cannot be taken with x, number by number, or None."""
+    if other is None:
+        return None
+    if other.dtype != x.dtype:
+        return f"a {other.dtype} {name} for {x.dtype} inputs"
+    if other.shape != x.shape:
+        return f"a {name} {list(other.shape)} for an input {list(x.shape)}"
+    return None if other.device == x.device else "operands on several devices"
 
 
 def unsupported_quantiser(
@@ -250,8 +271,8 @@ def _given(static: Tensor | None, scale: Tensor) -> tuple[Tensor, int]:
 
 # Of the arguments that these passes share, for `compilations`.
 SIGNATURE = {
-    "rows": "i32", "n": "i32", "keep": "i32", "stride": "i32", "scale_step": "i32", "zero_step": "i32",
-    "clip": "fp32", "out": "*i8",
+    "rows": "i32", "n": "i32", "keep": "i32", "stride": "i32", "gate_stride": "i32", "add_stride": "i32",
+    "scale_step": "i32", "zero_step": "i32", "clip": "fp32", "out": "*i8",
     "scales": "*fp32", "zeros": "*fp32", "given_scale": "*fp32", "given_zero": "*fp32",
 }  # fmt: skip
 
@@ -263,26 +284,31 @@ def compilation(
     """One for rows that start at multiples of 16 elements. types: of arguments not in SIGNATURE."""
     every = {**SIGNATURE, **types}
     taken = {key: every[key] for key in kernel.arg_names if key not in constexprs}
-    attrs = divisible(kernel, taken, *(key for key in ("n", "stride", "keep") if key in taken))
+    even = ("n", "keep", "stride", "gate_stride", "add_stride")
+    attrs = divisible(kernel, taken, *(key for key in even if key in taken))
     return Compilation(name, kernel, taken, constexprs, {"enable_fp_fusion": False, **options}, attrs, expect)
 
 
 def compilations() -> Iterator[Compilation]:
     """What stands for this kernel in the compile tests."""
     cases = [
-        ("bf16-4096-a4", torch.bfloat16, 4096, 4, True, 1.0),
-        ("bf16-14336-a4", torch.bfloat16, 14336, 4, True, 1.0),
-        ("bf16-4096-a8-clip", torch.bfloat16, 4096, 8, True, 0.9),
-        ("fp16-4096-a4-asymmetric", torch.float16, 4096, 4, False, 1.0),
-        ("fp32-4096-a4", torch.float32, 4096, 4, True, 1.0),
+        ("bf16-4096-a4", torch.bfloat16, 4096, 4, True, 1.0, False),
+        ("bf16-14336-a4", torch.bfloat16, 14336, 4, True, 1.0, False),
+        ("bf16-4096-a8-clip", torch.bfloat16, 4096, 8, True, 0.9, False),
+        ("fp16-4096-a4-asymmetric", torch.float16, 4096, 4, False, 1.0, False),
+        ("fp32-4096-a4", torch.float32, 4096, 4, True, 1.0, False),
+        ("bf16-14336-a4-gate", torch.bfloat16, 14336, 4, True, 1.0, True),
+        ("fp16-8192-a8-gate", torch.float16, 8192, 8, True, 0.9, True),
+        ("fp32-8192-a8-gate", torch.float32, 8192, 8, True, 1.0, True),
     ]
-    for name, dtype, n, bits, symmetric, clip in cases:
+    for name, dtype, n, bits, symmetric, clip, gate in cases:
         block = triton.next_power_of_2(n)
         yield compilation(
             f"quantise-{name}",
             _quantise,
-            {"x": f"*{DTYPES[dtype]}", "out": "*i8" if symmetric else "*u8"},
-            constants(bits, symmetric, False, clip, dtype) | {"ROWS": 1, "BLOCK": block, "OVERLAPPED": False},
+            {"x": f"*{DTYPES[dtype]}", "gate": f"*{DTYPES[dtype]}", "out": "*i8" if symmetric else "*u8"},
+            constants(bits, symmetric, False, clip, dtype)
+            | {"GATE": gate, "ROWS": 1, "BLOCK": block, "OVERLAPPED": False},
             {"num_warps": warps(block, Choice().elements)},
             ("LDG.E.128", "STG.E.128"),
         )

@@ -128,12 +128,22 @@ def assert_same_codes(a: Quantised, b: Quantised) -> None:
 def test_fused_passes_quantise_nearly_the_same_numbers() -> None:
     """Sums in another order move a scale by its last bits and a few codes by one."""
     x = draw(33, 1536, dtype=BF16)
-    (_, a, rms_a), (_, b, rms_b) = both(lambda: ops.rmsnorm_quantise(x, eps=1e-5, bits=8, symmetric=True))
-    assert families.relative(rms_a, rms_b) < 1e-6
-    near(a, b)
-    (_, a), (_, b) = both(lambda: ops.hadamard_quantise(x, size=1536, bits=8, symmetric=True))
-    near(a, b)
-    y, z = both(lambda: ops.hadamard(x, size=1536))
+    add = x.flip(0)
+    for extra in (None, add):
+        quantiser: Any = {"bits": 8, "symmetric": True}
+        norms = both(lambda: ops.rmsnorm_quantise(x, add=extra, eps=1e-5, **quantiser))  # noqa: B023
+        assert families.relative(norms[0].rms, norms[1].rms) < 1e-6
+        assert torch.equal(norms[0].stream, norms[1].stream)
+        near(norms[0].codes, norms[1].codes)
+        y, z = both(lambda: ops.rmsnorm(x, add=extra, eps=1e-5).normalised)  # noqa: B023
+        assert families.relative(y, z) < 2**-7
+    for gate in (None, add):
+        (_, a), (_, b) = both(lambda: ops.hadamard_quantise(x, gate=gate, size=1536, **quantiser))  # noqa: B023
+        near(a, b)
+        y, z = both(lambda: ops.hadamard(x, gate=gate, size=1536))  # noqa: B023
+        assert families.relative(y, z) < 2**-7
+    near(*both(lambda: ops.quantise(x, 8, gate=add, symmetric=True)))
+    y, z = both(lambda: ops.gated(add, x))
     assert families.relative(y, z) < 2**-7
 
 

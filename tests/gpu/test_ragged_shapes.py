@@ -63,10 +63,13 @@ def test_passes(rows: int, n: int, size: int, inner: int) -> None:
     for keep in (0, 5):
         for symmetric in (True, False):
             quantiser: Any = {"bits": 4, "symmetric": symmetric}
-            _, q, _ = ops.rmsnorm_quantise(x, eps=1e-5, gain=x[0], keep=keep, **quantiser)
+            q = ops.rmsnorm_quantise(x, add=x, eps=1e-5, gain=x[0], keep=keep, **quantiser).codes
             assert bool(q.scale.isfinite().all())
-            _, q = ops.hadamard_quantise(x, size=size, inner=inner, keep=keep, **quantiser)
-            assert bool(q.scale.isfinite().all())
-    assert bool(ops.hadamard(x, size=size, inner=inner).isfinite().all())
+            for gate in (None, x):
+                _, q = ops.hadamard_quantise(x, gate=gate, size=size, inner=inner, keep=keep, **quantiser)
+                assert bool(q.scale.isfinite().all())
+    assert bool(ops.hadamard(x, gate=x, size=size, inner=inner).isfinite().all())
+    assert bool(ops.rmsnorm(x, add=x, eps=1e-5, gain=x[0]).normalised.isfinite().all())
+    assert bool(ops.gated(x, x).isfinite().all())
     ran = ops.implementations()
     assert all(set(found) == {"triton"} for found in ran.values()), ran

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import pass_reference, reference
 from kernels.reference import Quantised, Quantiser
 from tests.equality import same, same_codes
 
@@ -141,7 +141,7 @@ def test_shapes_and_strides(shape: tuple[int, ...]) -> None:
     [(64, FP16, 0), (100, BF16, 1), (1536, FP32, 2), (4096, BF16, 3), (5000, FP16, 4), (14336, BF16, 5)],
 )
 def test_rmsnorm(n: int, dtype: torch.dtype, turn: int) -> None:
-    from kernels.triton.rmsnorm_quantise import rmsnorm_quantise
+    from kernels.triton.rmsnorm_quantise import rmsnorm, rmsnorm_quantise
 
     x = hard_rows(n, dtype)
     x[6] = random(n, dtype=dtype)  # of the infinite rows one is enough
@@ -152,32 +152,112 @@ def test_rmsnorm(n: int, dtype: torch.dtype, turn: int) -> None:
         {"gain": gain, "keep": 64 if n > 64 else 3},
         {"gain": gain[:1], "row_scale": row_scale, "divisor": n - 5},
         {"keep": 5},
+        {"add": random(12, 2 * n, seed=6, dtype=dtype)[:, n:], "keep": 5},
+        {"add": hard_rows(n, dtype, seed=7).roll(1, 0), "gain": gain, "row_scale": row_scale},
+        {"add": random(12, n, seed=8, dtype=dtype)},
     ]
     quantisers: list[Any] = [
         {"bits": 4, "symmetric": True},
         {"bits": 8, "symmetric": True, "clip": 0.9},
         {"bits": 4, "symmetric": False},
     ]
-    for step in range(3):
-        case, quantiser = cases[(turn + 2 * step) % 5], quantisers[(turn + step) % 3]
+    for step in range(4):
+        case, quantiser = cases[(turn + 3 * step) % 8], quantisers[(turn + step) % 3]
         there: Any = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in case.items()}
+        floats: Any = {k: v for k, v in there.items() if k != "keep"}
+        want = pass_reference.rmsnorm_quantise(x, eps=1e-5, **case, **quantiser)
         floor = 1e-5 * (row_scale.double() ** 2 if "row_scale" in case else 1.0)
-        exact = (x.double().square().sum(-1, keepdim=True) / case.get("divisor", n) + floor).sqrt()
-        kept, q, rms = rmsnorm_quantise(x.cuda(), eps=1e-5, **there, **quantiser)
+        exact = (want.stream.double().square().sum(-1, keepdim=True) / case.get("divisor", n) + floor).sqrt()
+        stream, kept, q, rms = rmsnorm_quantise(x.cuda(), eps=1e-5, **there, **quantiser)
+        assert same(stream, want.stream), case
+        normed = rmsnorm(x.cuda(), eps=1e-5, **floats)
+        assert same(normed.stream, want.stream), case
         ordinary = torch.tensor([0, 1, 2, 3, 6, 7, 10])
-        torch.testing.assert_close(rms.cpu()[ordinary], exact[ordinary].float(), rtol=1e-6, atol=0.0)
+        ordinary = ordinary[exact[ordinary, 0].isfinite() & (exact[ordinary, 0] < 1e18)]
+        for root in (rms, normed.rms):
+            torch.testing.assert_close(root.cpu()[ordinary], exact[ordinary].float(), rtol=1e-6, atol=0.0)
         # Given the rms, everything else is the reference's to the bit.
-        y = (x / rms.cpu()).to(dtype)
-        y = y * case["gain"] if "gain" in case else y
+        y, z = ((want.stream / root.cpu()).to(dtype) for root in (rms, normed.rms))
+        y, z = (part * case["gain"] if "gain" in case else part for part in (y, z))
         keep = case.get("keep", 0)
         assert same(kept, y[:, :keep] if keep else None), case
         assert same_codes(q, on_cpu(y[:, keep:], quantiser)), (case, quantiser)
+        assert same(normed.normalised, z), case
         # The reference's own rms differs in its last bits at most, and so do few codes.
-        want = reference.rmsnorm_quantise(x, eps=1e-5, **case, **quantiser)[1]
         # Row 7 is all ties, which any other rms breaks.
-        apart = (q.codes.cpu().int() - want.codes.int()).abs()[ordinary]
+        apart = (q.codes.cpu().int() - want.codes.codes.int()).abs()[ordinary]
         few = apart[ordinary != 7]
         assert apart.max() <= 1 and (few > 0).sum() <= max(5e-3 * few.numel(), 2), (case, quantiser)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_every_gate(dtype: torch.dtype) -> None:
+    """All 16-bit numbers: silu is torch's but for few last bits, and so is its product with a number."""
+    from kernels.triton.gated import gated
+
+    gate = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(64, 1024)
+    for up in (torch.ones_like(gate), random(64, 1024, dtype=dtype)):
+        as_the_reference(gated(gate.cuda(), up.cuda()).cpu(), gate, up, few=2e-3)
+
+
+GATED: list[tuple[int, int, int, torch.dtype, int, dict[str, Any]]] = [
+    *[(100, 20, 5, BF16, 0, QUANTISERS[0]), (128, 128, 1, FP16, 5, QUANTISERS[3])],
+    *[(576, 576, 1, BF16, 64, QUANTISERS[1]), (1536, 1536, 1, FP32, 0, QUANTISERS[0])],
+    *[(4096, 32, 128, BF16, 0, QUANTISERS[0]), (8192, 8192, 1, BF16, 0, QUANTISERS[0])],
+    *[(14336, 14336, 1, BF16, 0, QUANTISERS[0]), (14336, 14336, 1, FP16, 64, QUANTISERS[1])],
+    *[(18944, 18944, 1, BF16, 0, QUANTISERS[3]), (8192, 8192, 1, FP32, 0, QUANTISERS[0])],
+]
+
+
+@pytest.mark.parametrize(("n", "size", "inner", "dtype", "keep", "how"), GATED)
+def test_a_gate(n: int, size: int, inner: int, dtype: torch.dtype, keep: int, how: dict[str, Any]) -> None:
+    """The halves of merged rows. All passes form one product, and what follows is theirs without a gate."""
+    from kernels.triton.gated import gated
+    from kernels.triton.hadamard_quantise import hadamard, hadamard_quantise
+    from kernels.triton.quantise import quantise
+
+    hard, plain = hard_rows(n, dtype), random(12, n, seed=n, dtype=dtype)
+    every: Any = {"bits": 8 if keep else 4, **how}
+    for gate, up in ((hard, plain), (plain, hard)):
+        gates, ups = torch.cat((gate, up), dim=1).cuda().chunk(2, dim=1)
+        y = gated(gates, ups)
+        as_the_reference(y.cpu(), gate, up)
+        assert same_codes(quantise(ups, gate=gates, **every), on_cpu(y, every))
+        shape: dict[str, Any] = {"size": size, "inner": inner}
+        assert same(hadamard(ups, gate=gates, **shape), hadamard(y, **shape))
+        kept, q = hadamard_quantise(ups, gate=gates, keep=keep, **shape, **every)
+        want_kept, want = hadamard_quantise(y, keep=keep, **shape, **every)
+        assert same(kept, want_kept) and same_codes(q, want)
+    # Many rows, of which a program takes several, and rows between multiples of four bytes.
+    both = random(300, 2 * n + 1, seed=1, dtype=dtype).cuda()
+    for gates, ups in (both[:, 1:].chunk(2, dim=1), both[:, :-1].chunk(2, dim=1)):
+        y = gated(gates, ups)
+        as_the_reference(y.cpu(), gates.cpu(), ups.cpu())
+        assert same_codes(quantise(ups, gate=gates, **every), quantise(y, **every))
+        found, want = (
+            hadamard_quantise(x, gate=g, size=size, inner=inner, **every)[1]
+            for x, g in ((ups, gates), (y, None))
+        )
+        assert same_codes(found, want)
+
+
+def as_the_reference(y: Tensor, gate: Tensor, up: Tensor, few: float = 5e-3) -> None:
+    """Infinities and NaN where torch has them. The others within two roundings of the true product, and few
+    of 16 bits different from torch's."""
+    want = pass_reference.gated(gate, up)
+    finite = want.isfinite() & y.isfinite()
+    # Beside the largest number, a rounding decides what is finite.
+    assert int((want.isfinite() != y.isfinite()).sum()) <= 1
+    assert same(y[want.isnan()], want[want.isnan()]) and torch.equal(want.isnan(), y.isnan())
+    found, torchs, gate, up = (t[finite].double() for t in (y, want, gate, up))
+    exact = gate * torch.sigmoid(gate) * up
+    about = torch.finfo(y.dtype)
+    lost = 2.0**-22 * (4 + gate.abs()) + 1.005 * about.eps
+    tiny = about.smallest_normal * about.eps * (1.01 + up.abs())
+    # Beyond -88 float32's exponential ends.
+    assert bool(((found - exact).abs() <= lost * exact.abs() + tiny).where(gate > -88, True).all())
+    if y.dtype != FP32:
+        assert int((found != torchs).sum()) <= max(few * found.numel(), 2)
 
 
 # n, size, inner, dtype, kept channels, quantiser
@@ -204,8 +284,8 @@ def test_hadamard(n: int, size: int, inner: int, dtype: torch.dtype, keep: int, 
     x[1] = 0.0
     x[2, n // 2] = 300.0
     y = hadamard(x.cuda(), size=size, inner=inner).cpu()
-    exact = reference.online_hadamard(x.double(), size, inner)
-    own = (reference.online_hadamard(x, size, inner).double() - exact).abs()
+    exact = pass_reference.online_hadamard(x.double(), size, inner)
+    own = (pass_reference.online_hadamard(x, size, inner).double() - exact).abs()
     error = (y.double() - exact).abs()
     # The result's own rounding, and of the largest number in the row what two terms of 17 bits lose, or in
     # float32 the sums.
@@ -219,7 +299,7 @@ def test_hadamard(n: int, size: int, inner: int, dtype: torch.dtype, keep: int, 
     assert same(kept, y[:, :keep] if keep else None)
     assert same_codes(q, on_cpu(y[:, keep:], every))
     if how["symmetric"]:  # a zero-point beside another moves all codes of a row
-        want = reference.hadamard_quantise(x, size=size, inner=inner, keep=keep, **every)[1]
+        want = pass_reference.hadamard_quantise(x, size=size, inner=inner, keep=keep, **every)[1]
         apart = (q.codes.cpu().int() - want.codes.int()).abs()
         share = 5e-3 if keep != 64 else 3e-2
         assert apart.max() <= 1 and int((apart > 0).sum()) <= max(share * apart.numel(), 2)
@@ -244,7 +324,7 @@ def test_choices_of_hadamard(n: int, dtype: torch.dtype, fields: dict[str, int])
     y = hadamard(rows, size=n, choice=choice).cpu()
     good = torch.ones(len(x), dtype=torch.bool)
     good[[3, 600]] = False
-    exact = reference.online_hadamard(x[good][:20].double(), n)
+    exact = pass_reference.online_hadamard(x[good][:20].double(), n)
     lost = (2.0**-19 if dtype == torch.float32 else 2.0**-17) * exact.abs().amax(-1, keepdim=True)
     assert bool(((y[good][:20].double() - exact).abs() <= HALF_UNIT[dtype] * exact.abs() + lost).all())
     assert bool(y[good].isfinite().all()) and not bool(y[[3, 600]].isfinite().any())
@@ -286,11 +366,13 @@ def test_poisoned_rows_stay_alone(n: int, size: int, inner: int, dtype: torch.dt
 @pytest.mark.parametrize("rows", [1, 2049])
 def test_two_runs_and_a_graph_give_the_same_bits(rows: int, overlapped: bool) -> None:
     """Also where each launch may begin before the one in front of it, which writes its input, has ended."""
+    from kernels.triton.gated import gated
     from kernels.triton.hadamard_quantise import hadamard_quantise
     from kernels.triton.quantise import quantise
-    from kernels.triton.rmsnorm_quantise import rmsnorm_quantise
+    from kernels.triton.rmsnorm_quantise import rmsnorm, rmsnorm_quantise
 
     x = random(rows, 4096, dtype=torch.bfloat16).cuda()
+    gain = random(4096, seed=3, dtype=torch.bfloat16).cuda()
     source = x.clone()
     quantiser: Any = {"bits": 4, "symmetric": True}
 
@@ -298,10 +380,20 @@ def test_two_runs_and_a_graph_give_the_same_bits(rows: int, overlapped: bool) ->
         torch.mul(source, 1.0, out=x)
         parts = (
             hadamard_quantise(x, size=4096, overlapped=overlapped, **quantiser)[1],
-            rmsnorm_quantise(x, eps=1e-5, overlapped=overlapped, **quantiser)[1],
+            rmsnorm_quantise(x, eps=1e-5, overlapped=overlapped, **quantiser).codes,
             quantise(x, overlapped=overlapped, **quantiser),
         )
-        return [tensor for q in parts for tensor in (q.codes, q.scale)]
+        # Each reads what the one in front of it writes.
+        normed = rmsnorm(x, add=x, eps=1e-5, gain=gain, overlapped=overlapped)
+        y = gated(normed.normalised, normed.stream, overlapped=overlapped)
+        summed = rmsnorm_quantise(normed.stream, add=y, eps=1e-5, overlapped=overlapped, **quantiser)
+        more = (
+            summed.codes,
+            hadamard_quantise(y, gate=summed.stream, size=4096, overlapped=overlapped, **quantiser)[1],
+            quantise(summed.stream, gate=y, overlapped=overlapped, **quantiser),
+        )
+        codes = [tensor for q in (*parts, *more) for tensor in (q.codes, q.scale)]
+        return [*codes, normed.stream, normed.normalised, y, summed.stream, summed.rms]
 
     first = [tensor.clone() for tensor in run()]
     torch.cuda.synchronize()

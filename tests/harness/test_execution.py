@@ -170,8 +170,8 @@ def test_every_call_is_counted(packed: Filled, name: str, linear: str) -> None:
         assert [operation for operation in counts if operation.startswith("linear")] == [linear], task
         passes = counts[linear] // LINEARS
         assert counts[linear] == passes * LINEARS
-        kv = [counts.get(f"{operation} kv4") for operation in ("kv_append", "kv_attention")]
-        assert kv == ([2 * passes * LAYERS, passes * LAYERS] if "kv4" in name else [None, None])
+        kv = [counts.get(f"{operation} kv4") for operation in ("rope_append", "kv_attention")]
+        assert kv == ([passes * LAYERS] * 2 if "kv4" in name else [None, None])
     assert found[TEXT][linear] == WINDOWS * LINEARS
     assert found["asdiv_local"][linear] > 2 * LINEARS, "a pass over the prompt, then one for each token"
 
@@ -248,7 +248,7 @@ def test_what_has_no_integer_product_is_said(simulated: Filled, packed: Filled) 
     assert note in report.write_report(packed.out).read_text()
     assert simulated.records[name]["method"]["notes"] == []
     for operations in packed.measured(name, "implementations").values():
-        assert set(operations) == {"kv_append kv4", "kv_attention kv4"}
+        assert set(operations) == {"rmsnorm", "rope_append kv4", "kv_attention kv4", "gated"}
     memory = packed.measured(name, "memory")
     assert memory["linears"]["measured"] == 4 * WEIGHTS
     assert memory["kv_token"] == packed.measured("rtn w4a4kv4", "memory")["kv_token"]

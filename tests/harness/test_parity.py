@@ -31,7 +31,7 @@ from harness.parity import (
 from harness.parity_report import write_report
 from harness.side_by_side import compare
 from harness.stats import Estimate
-from kernels import ops, reference
+from kernels import kv_reference, ops, reference
 from kernels.kv_reference import PackedRows
 from kernels.reference import PackedWeight, Quantised
 from methods import registry
@@ -256,8 +256,8 @@ def test_another_input_scale_is_found(
     fused = ops.rmsnorm_quantise
 
     def changed(x: Tensor, **options: Any) -> Any:
-        kept, codes, rms = fused(x, **options)
-        return kept, dataclasses.replace(codes, scale=codes.scale * 1.002), rms
+        found = fused(x, **options)
+        return found._replace(codes=dataclasses.replace(found.codes, scale=found.codes.scale * 1.002))
 
     monkeypatch.setattr(ops, "rmsnorm_quantise", changed)
     assert "layers.1.mlp.gate_proj input: 0 of 864 codes differ, by 0 at most; scales by 0.002" in faults(
@@ -268,14 +268,14 @@ def test_another_input_scale_is_found(
 def test_a_dropped_zero_point_is_found(
     pair: Twins, subjects: dict[str, Subject], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    append = ops.kv_append
+    append = kv_reference.kv_append
 
     def changed(rows: PackedRows, x: Tensor, start: int, **options: Any) -> None:
         append(rows, x, start, **options)
         assert rows.zero is not None
         rows.zero[:, :, start : start + x.shape[2]] = 0
 
-    monkeypatch.setattr(ops, "kv_append", changed)
+    monkeypatch.setattr(kv_reference, "kv_append", changed)
     found = faults(pair, subjects)
     assert "layers.0 keys and values" in found
     assert "layers.1 keys and values" in found
@@ -285,13 +285,13 @@ def test_a_dropped_zero_point_is_found(
 def test_rows_written_to_another_position_are_found(
     pair: Twins, subjects: dict[str, Subject], monkeypatch: pytest.MonkeyPatch, moved: int
 ) -> None:
-    append = ops.kv_append
+    append = kv_reference.kv_append
 
     def changed(rows: PackedRows, x: Tensor, start: int, **options: Any) -> None:
         fits = 0 < start < rows.codes.shape[2] - x.shape[2]
         append(rows, x, start + moved if fits else start, **options)
 
-    monkeypatch.setattr(ops, "kv_append", changed)
+    monkeypatch.setattr(kv_reference, "kv_append", changed)
     assert "all codes through the cache" in faults(pair, subjects)
 
 
@@ -424,7 +424,7 @@ def test_the_command_writes_results_and_report(tmp_path: Path, capsys: pytest.Ca
     assert settings == [("w4a4kv4", ""), ("w4a4kv4", static), ("w16a16kv4", ""), ("w3a3", "")]
     assert record["rows"][2]["inputs"] is None
     assert record["rows"][3]["cache"] is None
-    assert record["rows"][0]["implementations"]["kv_append kv4"]["reference"] > 0
+    assert record["rows"][0]["implementations"]["rope_append kv4"]["reference"] > 0
     assert write_report(record, None) == report.read_text()
     again = tmp_path / "again.md"
     assert parity.main(["--render", str(out), "--report", str(again)]) == 0

@@ -32,9 +32,21 @@ from harness.config import GridConfig, load_grid
 from harness.engine import run_grid
 from harness.perturb import Perturbation
 from harness.trial import Trial
-from kernels import hadamard
+from kernels import hadamard, pass_reference
 from kernels import reference as quantisers
-from methods import bits, checkpoint, decoder, gptq, lattice, pipeline, quarot, rope, rounding, transforms
+from methods import (
+    attention,
+    bits,
+    checkpoint,
+    decoder,
+    gptq,
+    lattice,
+    pipeline,
+    quarot,
+    rope,
+    rounding,
+    transforms,
+)
 from methods.linear import Linear, QuantisedWeight
 from methods.pipeline import Quantised
 from tests.remembered import remembered
@@ -150,7 +162,7 @@ def rope_base(patch: pytest.MonkeyPatch) -> None:
 
 
 def attention_scale(patch: pytest.MonkeyPatch) -> None:
-    plant(patch, decoder.Attention, "forward", ("enable_gqa=", "scale=1 / self.head_dim, enable_gqa="))
+    plant(patch, decoder.Attention, "_attend", ("enable_gqa=", "scale=1 / self.head_dim, enable_gqa="))
 
 
 def heads_tiled(patch: pytest.MonkeyPatch) -> None:
@@ -158,8 +170,8 @@ def heads_tiled(patch: pytest.MonkeyPatch) -> None:
     plant(
         patch,
         decoder.Attention,
-        "forward",
-        ("query,\n            key,\n            value,", tiled),
+        "_attend",
+        ("query,\n                key,\n                value,", tiled),
         ("enable_gqa=self.heads != self.kv_heads", "enable_gqa=False"),
     )
 
@@ -207,13 +219,13 @@ def r3_on_queries_only(patch: pytest.MonkeyPatch) -> None:
     plant(
         patch,
         decoder.Attention,
-        "forward",
+        "_attend",
         ("self.rotation(query), self.rotation(key)", "self.rotation(query), key"),
     )
 
 
 def r4_dropped(patch: pytest.MonkeyPatch) -> None:
-    plant(patch, decoder.MLP, "forward", ("row_scale, self.hidden_transform", "row_scale"))
+    plant(patch, decoder.MLP, "forward", ("self.hidden_transform, gate", "None, gate"))
 
 
 def r4_transposed(patch: pytest.MonkeyPatch) -> None:
@@ -222,7 +234,7 @@ def r4_transposed(patch: pytest.MonkeyPatch) -> None:
         decoder.MLP,
         "forward",
         (
-            "F.silu(gate) * up, row_scale, self.hidden_transform",
+            "up, row_scale, self.hidden_transform, gate",
             "self.hidden_transform(F.silu(gate) * up, inverse=True), row_scale",
         ),
     )
@@ -243,8 +255,8 @@ def kv_zero_point_sign(patch: pytest.MonkeyPatch) -> None:
 
 def kv_before_rope(patch: pytest.MonkeyPatch) -> None:
     quantise = "key = self.quantise_kv(key, self.k_scale, self.k_zero)\n"
-    turn = "query, key = rope.rotate(query"
-    plant(patch, decoder.Attention, "forward", (f"        {quantise}", ""), (turn, f"{quantise}    {turn}"))
+    turn = "query, key = rotate(query"
+    plant(patch, decoder.Attention, "_attend", (f"        {quantise}", ""), (turn, f"{quantise}    {turn}"))
 
 
 def kv_in_3_bits(patch: pytest.MonkeyPatch) -> None:
@@ -343,7 +355,8 @@ def linear_in_two_halves(patch: pytest.MonkeyPatch) -> None:
 
 
 def norm_summed_backwards(patch: pytest.MonkeyPatch) -> None:
-    plant(patch, decoder.RMSNorm, "rms", ("x.square().sum(", "x.square().flip(-1).cumsum(-1)[..., -1:].sum("))
+    backwards = "wide.square().flip(-1).cumsum(-1)[..., -1:].sum("
+    plant(patch, pass_reference, "rmsnorm", ("wide.square().sum(", backwards))
 
 
 def projections_fused(patch: pytest.MonkeyPatch) -> None:
@@ -356,11 +369,12 @@ def projections_fused(patch: pytest.MonkeyPatch) -> None:
         together = F.linear(seen, torch.cat(weights))
         return list(together.split([weight.shape[0] for weight in weights], dim=-1))
 
-    patch.setattr(decoder, "project", fused)
+    for module in (attention, decoder):
+        patch.setattr(module, "project", fused)
 
 
 def silu_written_out(patch: pytest.MonkeyPatch) -> None:
-    plant(patch, decoder.MLP, "forward", ("F.silu(gate) * up", "up * (gate / (1 + torch.exp(-gate)))"))
+    plant(patch, pass_reference, "gated", ("F.silu(gate) * up", "up * (gate / (1 + torch.exp(-gate)))"))
 
 
 HARMLESS = {

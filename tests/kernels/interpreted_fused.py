@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import pass_reference, reference
 from kernels.reference import Quantised
+from kernels.triton import gated as gated_module
 from kernels.triton import hadamard_quantise as hadamard_module
 from kernels.triton import quantise as quantise_module
 from kernels.triton import rmsnorm_quantise as rmsnorm_module
@@ -137,19 +138,76 @@ def interpret_rmsnorm() -> None:
             {},
             {"gain": gain, "keep": 8},
             {"gain": gain[:1], "row_scale": row_scale, "divisor": 90},
+            {"add": random(11, 200, seed=5, dtype=dtype)[:, 100:196], "keep": 8},
+            {"add": x.flip(0), "gain": gain},
         ]
         for case in cases:
             quantiser: dict[str, Any] = {"bits": 4, "symmetric": True, "clip": 0.9}
-            kept, q, rms = rmsnorm_module.rmsnorm_quantise(x, eps=1e-5, **case, **quantiser)
-            torch.testing.assert_close(
-                rms, reference.rmsnorm_quantise(x, eps=1e-5, **case, **quantiser)[2], equal_nan=True
-            )
+            keep, floats = case.get("keep", 0), {k: v for k, v in case.items() if k != "keep"}
+            stream, kept, q, rms = rmsnorm_module.rmsnorm_quantise(x, eps=1e-5, **case, **quantiser)
+            want = pass_reference.rmsnorm(x, eps=1e-5, **floats)
+            torch.testing.assert_close(rms, want.rms, equal_nan=True)
+            assert same(stream, want.stream) and (stream is x) == ("add" not in case)
             # Given the rms, the rest is the reference's to the bit.
-            y = (x / rms).to(dtype)
-            y = y * case["gain"] if "gain" in case else y
-            keep = case.get("keep", 0)
+            y = normalised(stream, rms, case.get("gain"))
             assert same(kept, y[:, :keep] if keep else None)
             assert same_codes(q, reference.quantise(y[:, keep:], **quantiser)), (dtype, case)
+            apart = rmsnorm_module.rmsnorm(x, eps=1e-5, **floats)
+            torch.testing.assert_close(apart.rms, want.rms, equal_nan=True)
+            y = normalised(stream, apart.rms, case.get("gain"))
+            assert same(apart.stream, stream) and same(apart.normalised, y), (dtype, case)
+        static: dict[str, Any] = {"bits": 8, "symmetric": True, "scale": torch.tensor(0.1)}
+        for quantiser in (static, {"bits": 4, "symmetric": False}):
+            _, kept, q, rms = rmsnorm_module.rmsnorm_quantise(x, eps=1e-5, keep=1, **quantiser)
+            y = (x / rms).to(dtype)
+            assert same(kept, y[:, :1]) and same_codes(q, reference.quantise(y[:, 1:], **quantiser))
+
+
+def normalised(stream: Tensor, rms: Tensor, gain: Tensor | None) -> Tensor:
+    y = (stream / rms).to(stream.dtype)
+    return y if gain is None else y * gain
+
+
+# n, size, inner, kept channels
+GATED = [(1024, 1024, 1, 64), (256, 256, 1, 0), (56, 28, 1, 0), (96, 12, 4, 5)]
+
+
+def interpret_gated() -> None:
+    """Gate and product are halves of merged rows."""
+    for dtype in DTYPES:
+        for n, size, inner, keep in GATED[:: 1 if dtype == torch.bfloat16 else 3]:
+            plain, hard = torch.cat([random(11, n, seed=1, dtype=dtype), hard_rows(n, dtype)], 1).chunk(2, 1)
+            for gate, up in ((hard, plain), (plain, hard)):
+                y = gated_module.gated(gate, up)
+                as_the_reference(y, gate, up)
+                quantiser: dict[str, Any] = {"bits": 8, "symmetric": True, "clip": 0.9}
+                # The passes form the same product.
+                found = quantise_module.quantise(up, gate=gate, **quantiser)
+                assert same_codes(found, reference.quantise(y, **quantiser)), (dtype, n)
+                shape: dict[str, Any] = {"size": size, "inner": inner}
+                transformed = hadamard_module.hadamard(up, gate=gate, **shape)
+                assert same(transformed, hadamard_module.hadamard(y, **shape)), (dtype, n)
+                kept, q = hadamard_module.hadamard_quantise(up, gate=gate, keep=keep, **shape, **quantiser)
+                want_kept, want = hadamard_module.hadamard_quantise(y, keep=keep, **shape, **quantiser)
+                assert same(kept, want_kept) and same_codes(q, want), (dtype, n)
+
+
+def as_the_reference(y: Tensor, gate: Tensor, up: Tensor) -> None:
+    """Infinities and NaN where torch has them. The others within two roundings of the true product, and few
+    of 16 bits different from torch's."""
+    want = pass_reference.gated(gate, up)
+    finite = want.isfinite()
+    assert torch.equal(finite, y.isfinite()) and same(y[~finite], want[~finite])
+    found, torchs, gate, up = (t[finite].double() for t in (y, want, gate, up))
+    exact = gate * torch.sigmoid(gate) * up
+    about = torch.finfo(y.dtype)
+    half = about.eps / 2
+    lost = 2.0**-22 * (4 + gate.abs()) + 2.01 * half
+    tiny = about.smallest_normal * about.eps * (1.01 + up.abs())
+    # Beyond -88 float32's exponential ends.
+    assert bool(((found - exact).abs() <= lost * exact.abs() + tiny).where(gate > -88, True).all())
+    if y.dtype != torch.float32:
+        assert int((found != torchs).sum()) <= max(1e-3 * found.numel(), 2)
 
 
 # Each takes another way through the kernel: n, size, inner, and what is chosen.
@@ -176,10 +234,10 @@ def interpret_hadamard() -> None:
             x = hard_rows(n, dtype)
             y = hadamard_module.hadamard(x, size=size, inner=inner, choice=choice)
             plain = x[[0, 1, 2, 3, 7, 10]]
-            exact = reference.online_hadamard(plain.double(), size, inner)
+            exact = pass_reference.online_hadamard(plain.double(), size, inner)
             error, own = (
                 (out.double() - exact).abs().amax(-1)
-                for out in (y[[0, 1, 2, 3, 7, 10]], reference.online_hadamard(plain, size, inner))
+                for out in (y[[0, 1, 2, 3, 7, 10]], pass_reference.online_hadamard(plain, size, inner))
             )
             where = (dtype, n, size, inner, fields)
             assert bool((error <= 1.1 * own + 2.0**-17 * exact.abs().amax(-1)).all()), (where, error, own)
@@ -248,5 +306,7 @@ if __name__ == "__main__":
     print("quantise")
     interpret_rmsnorm()
     print("rmsnorm")
+    interpret_gated()
+    print("gated")
     interpret_hadamard()
     print("hadamard")

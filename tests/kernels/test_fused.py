@@ -8,16 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels import pass_reference
 from kernels.hadamard import hadamard_matrix, is_known_order, largest_known_divisor
-from kernels.reference import (
-    Quantiser,
-    dequantise,
-    fake_quantise,
+from kernels.pass_reference import (
+    gated,
+    hadamard,
     hadamard_quantise,
     online_hadamard,
-    quantise,
+    rmsnorm,
     rmsnorm_quantise,
 )
+from kernels.reference import Quantiser, dequantise, fake_quantise, quantise
 from methods.decoder import RMSNorm
 from methods.linear import OnlineHadamard
 from tests.equality import same, same_codes
@@ -78,21 +79,23 @@ def test_rmsnorm_equals_the_module_and_the_quantiser(
         x = x.transpose(0, -1).contiguous().transpose(0, -1)
     wide = torch.promote_types(dtype, torch.float32)
     row_scale = random(*shape[:-1], 1, seed=2, dtype=wide).abs() + 0.5 if scaled else None
-    kept, q, rms = rmsnorm_quantise(
-        x, eps=1e-5, divisor=divisor, gain=module.weight, row_scale=row_scale, keep=keep, **quantiser
-    )
+    norm: dict[str, Any] = {"eps": 1e-5, "divisor": divisor, "gain": module.weight, "row_scale": row_scale}
+    stream, kept, q, rms = rmsnorm_quantise(x, **norm, keep=keep, **quantiser)
+    assert stream is x
     want_rms = module.rms(x, row_scale)
     y = module(x) if row_scale is None else module.apply_gain((x / want_rms).to(dtype))
     assert rms.dtype == wide and torch.equal(rms, want_rms)
     assert same(kept, y[..., :keep] if keep else None)
     assert same_codes(q, quantise(y[..., keep:], **quantiser))
+    floats = rmsnorm(x, **norm)
+    assert floats.stream is x and same(floats.normalised, y) and same(floats.rms, rms)
     # What the simulated path multiplies is the same.
     assert torch.equal(dequantise(q).to(dtype), fake_quantise(y[..., keep:], **quantiser))
 
 
 def test_rmsnorm_against_float64() -> None:
     x, gain, scale = random(5, 24), random(24, seed=1), random(5, 1, seed=2).abs()
-    kept, q, rms = rmsnorm_quantise(
+    _, kept, q, rms = rmsnorm_quantise(
         x, eps=0.1, divisor=16, gain=gain, row_scale=scale, keep=8, bits=8, symmetric=True
     )
     wide = x.double()
@@ -111,14 +114,61 @@ def test_rmsnorm_of_zero_and_poisoned_rows() -> None:
     for bad in (NAN, INF, -INF, 3e38):  # the last one's square overflows, so that its row becomes 0
         x[1, 9] = bad
         x[2] = 0.0
-        kept, q, rms = rmsnorm_quantise(x, **options)
-        assert kept is not None and clean[0] is not None
+        _, kept, q, rms = rmsnorm_quantise(x, **options)
+        assert kept is not None and clean.kept is not None
         for i in (0, 3):
-            assert torch.equal(kept[i], clean[0][i]) and torch.equal(rms[i], clean[2][i])
-            assert torch.equal(q.codes[i], clean[1].codes[i]) and torch.equal(q.scale[i], clean[1].scale[i])
+            assert torch.equal(kept[i], clean.kept[i]) and torch.equal(rms[i], clean.rms[i])
+            assert torch.equal(q.codes[i], clean.codes.codes[i])
+            assert torch.equal(q.scale[i], clean.codes.scale[i])
         assert (q.codes[2] == 0).all() and (kept[2] == 0).all() and rms[2] == pytest.approx(1e-3)
         values = dequantise(q)[1]
         assert (values == 0).all() if bad == 3e38 else values.isnan().all()
+
+
+@given(QUANTISERS, st.sampled_from(DTYPES), st.booleans(), st.sampled_from([0, 4]))
+def test_a_sum_is_rounded_and_then_normalised(
+    quantiser: Quantiser, dtype: torch.dtype, gain: bool, keep: int
+) -> None:
+    """As a decoder's layers do it one after another, whose stream stays in its dtype."""
+    x, add = random(2, 3, 48, dtype=dtype).chunk(2, dim=-1)
+    norm: dict[str, Any] = {"eps": 1e-5, "gain": random(24, seed=3, dtype=dtype) if gain else None}
+    wide = torch.promote_types(dtype, torch.float32)
+    stream = (x.to(wide) + add.to(wide)).to(dtype)
+    found = rmsnorm_quantise(x, add=add, **norm, keep=keep, **quantiser)
+    want = rmsnorm_quantise(stream, **norm, keep=keep, **quantiser)
+    assert same(found.stream, stream) and same(found.rms, want.rms) and same(found.kept, want.kept)
+    assert same_codes(found.codes, want.codes)
+    floats = rmsnorm(x, add=add, **norm)
+    assert same(floats.stream, stream) and same(floats.normalised, rmsnorm(stream, **norm).normalised)
+
+
+@given(QUANTISERS, st.sampled_from(DTYPES), st.sampled_from([0, 4]))
+def test_a_gate_goes_before_the_pass(quantiser: Quantiser, dtype: torch.dtype, keep: int) -> None:
+    gate, up = random(2, 3, 48, dtype=dtype).chunk(2, dim=-1)
+    y = torch.nn.functional.silu(gate) * up
+    assert same(gated(gate, up), y)
+    bits, rest = quantiser["bits"], {k: v for k, v in quantiser.items() if k != "bits"}
+    found = pass_reference.quantise(up, bits, gate=gate, **rest)  # type: ignore[arg-type]
+    assert same_codes(found, quantise(y, **quantiser))
+    assert same(hadamard(up, gate=gate, size=12), online_hadamard(y, 12))
+    kept, q = hadamard_quantise(up, gate=gate, size=4, inner=3, keep=keep, **quantiser)
+    want_kept, want = hadamard_quantise(y, size=4, inner=3, keep=keep, **quantiser)
+    assert same(kept, want_kept) and same_codes(q, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gate_against_float64(dtype: torch.dtype) -> None:
+    """Every 16-bit number as a gate: silu and the product are each rounded once."""
+    gate = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    gate = gate[gate.isfinite() & (gate > -88)]
+    up = random(len(gate), dtype=dtype)
+    silu = (gate.double() * torch.sigmoid(gate.double())).to(dtype)
+    want = (silu.double() * up.double()).to(dtype)
+    differing = (gated(gate, up) != want).double().mean()
+    assert differing < 1e-4  # where float32's silu lies at a middle
+    one = torch.ones(())
+    assert gated(one * float("inf"), one).isinf() and gated(one * -float("inf"), one).isnan()
+    assert gated(one * -200, one) == 0
 
 
 @pytest.mark.parametrize("size", [n for n in range(1, 201) if is_known_order(n)])
@@ -176,8 +226,8 @@ def test_hadamard_of_zero_and_poisoned_rows(bad: float) -> None:
 
 def test_inference_mode() -> None:
     x = random(2, 24)
-    want = rmsnorm_quantise(x, eps=1e-5, bits=4, symmetric=True)[1]
+    want = rmsnorm_quantise(x, eps=1e-5, bits=4, symmetric=True).codes
     turned = hadamard_quantise(x, size=24, bits=4, symmetric=True)[1]
     with torch.inference_mode():
-        assert same_codes(rmsnorm_quantise(x, eps=1e-5, bits=4, symmetric=True)[1], want)
+        assert same_codes(rmsnorm_quantise(x, eps=1e-5, bits=4, symmetric=True).codes, want)
         assert same_codes(hadamard_quantise(x, size=24, bits=4, symmetric=True)[1], turned)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import bench, contests, gpu_bench, gpu_contests, peers, reference, timing, tuning
+from kernels import bench, contests, gpu_bench, gpu_contests, pass_reference, peers, reference, timing, tuning
 from kernels.contests import Shape
 from kernels.timing import Limits, Replay, Timing, sets_needed
 
@@ -33,12 +33,16 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(contests.SHAPES, "llama-3-8b", TINY)
     monkeypatch.setitem(contests.SHAPES, "wide", Shape(1024, 2048, 8, 8, 128))
     kernels: dict[str, dict[str, Callable[..., Any]]] = {
-        "quantise": {"quantise": overlapped_too(reference.quantise)},
+        "quantise": {"quantise": chosen_too(pass_reference.quantise)},
+        "gated": {"gated": pass_reference.gated},
         "linear_few": {"linear": at_rest_too(reference.linear)},
         "linear_many": {"linear": at_rest_too(reference.linear)},
         "linear_a16": {"linear": at_rest_too(reference.linear)},
-        "rmsnorm_quantise": {"rmsnorm_quantise": reference.rmsnorm_quantise},
-        "hadamard_quantise": {"hadamard_quantise": reference.hadamard_quantise},
+        "rmsnorm_quantise": {
+            "rmsnorm_quantise": chosen_too(pass_reference.rmsnorm_quantise),
+            "rmsnorm": chosen_too(pass_reference.rmsnorm),
+        },
+        "hadamard_quantise": {"hadamard_quantise": pass_reference.hadamard_quantise},
     }
     for operation, functions in kernels.items():
         module = types.ModuleType(operation)
@@ -59,8 +63,8 @@ def at_rest_too(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda x, w, *, weights_at_rest=False, choice=None, **rest: linear(x, w, **rest)
 
 
-def overlapped_too(quantise: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda x, bits, *, overlapped=False, **rest: quantise(x, bits, **rest)
+def chosen_too(run: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *operands, overlapped=False, choice=None, **rest: run(*operands, **rest)
 
 
 def played(calls: Sequence[Callable[[], object]], device: torch.device) -> Replay:
@@ -200,15 +204,37 @@ def test_a_call_that_raises_leaves_the_others_alone(monkeypatch: pytest.MonkeyPa
     assert rows["fake"].reason == "RuntimeError: no such" and rows["bf16 cuBLAS"].reason is None
 
 
-@pytest.mark.parametrize(
-    "operation, layer", [("rmsnorm", "hidden"), ("hadamard", "heads"), ("quantise", "hidden")]
-)
-def test_a_pass_meets_a_copy_of_its_bytes(operation: str, layer: str) -> None:
-    rows = rows_of(operation, layer, 64)
-    copy, ours = rows["copy of the same bytes"], rows["ours a4"]
-    assert next(iter(rows)) == copy.name
-    assert ours.bytes == 64 * (3 * 256 + (8 if operation == "rmsnorm" else 4)) == copy.bytes
-    assert ours.speed == 0.5 and ours.multiply_adds == 0  # the second contestant of the stand-in clock
+# By operation and layer: bytes of a row of n numbers, a multiple of n and a rest, by pass.
+PASSES = {
+    ("quantise", "hidden"): {"quantise": (3, 4)},
+    ("quantise", "intermediate"): {"quantise": (3, 4), "gate + quantise": (5, 4), "gate": (6, 0)},
+    ("rmsnorm", "hidden"): {
+        "rmsnorm + quantise": (3, 8),
+        "sum + rmsnorm + quantise": (7, 8),
+        "sum + rmsnorm": (8, 4),
+    },
+    ("hadamard", "heads"): {"hadamard + quantise": (3, 4)},
+    ("hadamard", "intermediate"): {"hadamard + quantise": (3, 4), "gate + hadamard + quantise": (5, 4)},
+}
+
+
+@pytest.mark.parametrize("operation, layer", PASSES)
+@pytest.mark.parametrize("count", [64, 65])
+def test_a_pass_meets_a_copy_of_its_bytes(operation: str, layer: str, count: int) -> None:
+    unit = ("llama-3-8b", operation, layer)
+    n = 512 if layer == "intermediate" else 256
+    found = {}
+    for contest in gpu_bench.contests(unit, [count], gpu_bench.BY, L2, CPU):
+        copy, ours, *others = gpu_bench.timed(unit[0], contest, 3, LIMITS, L2, CPU)
+        assert copy.name == "copy of the same bytes" and ours.name in ("ours", "ours a4")
+        assert ours.reason is None and ours.bytes == copy.bytes and ours.bytes is not None
+        assert ours.speed == 0.5 and ours.multiply_adds == 0  # the second contestant of the stand-in clock
+        assert all(row.reason is None for row in others if row.by in ("ours", "torch"))
+        assert any("a thread" in row.name for row in others) == (
+            count <= 64 and operation != "hadamard" and contest.operation != "gate"
+        )
+        found[contest.operation] = divmod(ours.bytes // count, n)
+    assert found == PASSES[operation, layer]
 
 
 @pytest.mark.parametrize("size", [1, 1000, 10**6, 50 * 2**20, 10**9])
@@ -270,7 +296,10 @@ def test_a_run_is_written_row_by_row(
     found = {(row["operation"], row["layer"], row["rows"]) for row in record["results"]}
     assert found == {
         (operation, layer, count)
-        for operation, layer in (("linear w4a16 g128", "o"), ("rmsnorm + quantise", "hidden"))
+        for operation, layer in (
+            ("linear w4a16 g128", "o"),
+            *((name, "hidden") for name in PASSES["rmsnorm", "hidden"]),
+        )
         for count in (1, 4)
     }
     assert len(out.read_text().splitlines()) < len(record["results"]) + 60

@@ -84,8 +84,9 @@ def test_every_row_that_is_accepted_has_warps_and_registers_that_compile() -> No
         (16384, 16384, 1, torch.float32),
     ],
 )
+@pytest.mark.parametrize("gate", [False, True])
 def test_rows_at_the_edges_compile_within_shared_memory(
-    n: int, size: int, inner: int, dtype: torch.dtype
+    n: int, size: int, inner: int, dtype: torch.dtype, gate: bool
 ) -> None:
     assert unsupported_transform(n, size, inner, dtype) is None
     cut = plan(n, size, inner)
@@ -96,11 +97,11 @@ def test_rows_at_the_edges_compile_within_shared_memory(
         compilation(
             "edge",
             hadamard_module._hadamard,
-            {"x": pointer, "kept": pointer, "norm": "fp32", "slow": narrow}
+            {"x": pointer, "gate": pointer, "kept": pointer, "norm": "fp32", "slow": narrow}
             | {"fast": "*bf16" if cut.slow else narrow},
             constants(4, True, False, 1.0, dtype)
-            | shape_constants(cut, n, 1.5, cut.stages, dtype)
-            | {"QUANTISE": True, "KEEP": False, "OVERLAPPED": False},
+            | shape_constants(cut, n, 1.5, cut.stages, dtype, paired=not gate)
+            | {"GATE": gate, "QUANTISE": True, "KEEP": False, "OVERLAPPED": False},
             cut.options(cut.programs),
         )
     )

@@ -9,8 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.kv_reference import PackedRows, kv_append, kv_attention, kv_dequantise, kv_resize, kv_rows
+from kernels.hadamard import hadamard_matrix
+from kernels.kv_reference import (
+    PackedRows,
+    Rows,
+    kv_append,
+    kv_attention,
+    kv_dequantise,
+    kv_resize,
+    kv_rows,
+    rope_append,
+    rotate,
+)
 from kernels.packing import packed_width
+from kernels.pass_reference import online_hadamard
 from kernels.reference import fake_quantise
 from methods.decoder import attention_mask
 from tests.equality import same
@@ -268,3 +280,74 @@ def test_bad_arguments() -> None:
             kv_resize(rows, length, capacity)
     with pytest.raises(ValueError, match="positions"):
         kv_dequantise(rows, 5, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hadamard", [False, True])
+@pytest.mark.parametrize("bits", [4, 16])
+def test_rope_append_is_its_parts_one_after_the_other(bits: int, hadamard: bool, dtype: torch.dtype) -> None:
+    batch, count, heads, kv_heads, width, at = 2, 3, 6, 2, 16, 1
+    merged = random(batch, count, heads + 2 * kv_heads, width, dtype=dtype)
+    query, key, value = merged.split((heads, kv_heads, kv_heads), dim=2)
+    angle = random(1, 1, count, width // 2, seed=1, dtype=torch.float64)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def empty() -> Rows:
+        like = key.transpose(1, 2)
+        return room(like, 6, 4, False, False) if bits == 4 else torch.zeros(2, 2, 6, width, dtype=dtype)
+
+    found, on_device, wanted = ((empty(), empty()) for _ in range(3))
+    out = rope_append(query, key, value, cos, sin, *found, at, hadamard=hadamard, clip=0.9)
+    again = rope_append(
+        query, key, value, cos, sin, *on_device, torch.tensor(at), hadamard=hadamard, clip=0.9
+    )
+    assert torch.equal(out, again) and out.is_contiguous()
+    # In complex numbers: the pair (i, i + D/2) turned by its angle.
+    turned = []
+    for x in (query, key):
+        parts = x.transpose(1, 2).to(torch.float64).unflatten(-1, (2, width // 2))
+        product = torch.complex(parts[..., 0, :], parts[..., 1, :]) * torch.complex(angle.cos(), angle.sin())
+        both = torch.cat((product.real, product.imag), -1)
+        turned.append(both @ hadamard_matrix(width) / width**0.5 if hadamard else both)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(out.double(), turned[0], rtol=tolerance, atol=tolerance)
+    # What is written is what the operations it replaces write, to the bit.
+    parts_of = [rotate(x.transpose(1, 2), cos, sin) for x in (query, key)]
+    if hadamard:
+        parts_of = [online_hadamard(x, width) for x in parts_of]
+    assert torch.equal(out, parts_of[0])
+    for rows, x in zip(wanted, (parts_of[1], value.transpose(1, 2)), strict=True):
+        if isinstance(rows, PackedRows):
+            kv_append(rows, x, at, clip=0.9)
+        else:
+            rows[:, :, at : at + count] = x
+    for first, second, third in zip(found, on_device, wanted, strict=True):
+        for a, b, c in zip(*(tensors_of(rows) for rows in (first, second, third)), strict=True):
+            assert same(a, c) and same(b, c)
+
+
+def tensors_of(rows: Rows) -> list[Tensor]:
+    if isinstance(rows, Tensor):
+        return [rows]
+    return [part for part in (rows.codes, rows.scale, rows.zero) if part is not None]
+
+
+def test_rows_of_floats_are_attended_to_and_lengths_can_be_tensors() -> None:
+    query, key, value = random(2, 4, 1, 8, seed=1), random(2, 2, 9, 8), random(2, 2, 9, 8, seed=2)
+    rows = room(key, 9, 4, False, False)
+    kv_append(rows, key[:, :, :6], torch.tensor(0))
+    mask = random(1, 1, 1, 9, seed=3) > 0
+    mask[..., 0] = True
+    everything = torch.ones(2, 1, 6, dtype=torch.bool)
+    want = attention(query, key[:, :, :6], value[:, :, :6], everything)
+    for length in (6, torch.tensor(6)):
+        got = kv_attention(query, key, value, length)
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+        assert torch.equal(kv_attention(query, rows, rows, length), kv_attention(query, rows, rows, 6))
+    got = kv_attention(query, key, value, torch.tensor(6), mask=mask)
+    want = attention(query, key[:, :, :6], value[:, :, :6], mask[:, 0, :, :6].expand(2, -1, -1))
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="a length on the device for 2 positions"):
+        kv_attention(query.expand(-1, -1, 2, -1), key, value, torch.tensor(6))
+    with pytest.raises(ValueError, match=r"rows \(2, 2, 6, 8\) at 4 do not fit"):
+        kv_append(rows, key[:, :, :6], torch.tensor(4))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import integer, kv_reference, ops, reference
+from kernels import integer, kv_reference, ops, pass_reference, reference
 from kernels.kv_reference import kv_rows
 from kernels.packing import packed_width
 from kernels.reference import PackedWeight, Quantised, pack_weight
@@ -33,7 +33,9 @@ def test_results_are_the_references_and_are_counted() -> None:
         assert torch.equal(got, reference.linear(given_x, w, dtype=torch.float32))
     ops.linear(q, w, dtype=torch.float32, bias=torch.ones(3), row_scale=torch.ones(3, 1))
     ops.rmsnorm_quantise(x, eps=1e-5, bits=8, symmetric=False)
-    assert torch.equal(ops.hadamard(x, size=8), reference.online_hadamard(x, 8))
+    assert torch.equal(ops.rmsnorm(x, eps=1e-5).normalised, pass_reference.rmsnorm(x, eps=1e-5).normalised)
+    assert torch.equal(ops.gated(x, x), pass_reference.gated(x, x))
+    assert torch.equal(ops.hadamard(x, size=8), pass_reference.online_hadamard(x, 8))
     kept, h = ops.hadamard_quantise(x, size=8, keep=4, bits=3, symmetric=True)
     assert kept is not None and kept.shape == (3, 4) and h.codes.shape == (3, 12)
     rows = kv_rows(1, 1, 3, 16, 2, symmetric=False)
@@ -42,6 +44,7 @@ def test_results_are_the_references_and_are_counted() -> None:
     assert torch.equal(out, kv_reference.kv_attention(x[None, None], rows, rows, 3))
     way = integer.route(16, 4, 4, torch.device("cpu"))
     assert ops.implementations() == {
+        "gated": {"reference": 1},
         "hadamard": {"reference": 1},
         "hadamard_quantise a3": {"reference": 1},
         "kv_append kv2": {"reference": 1},
@@ -49,6 +52,7 @@ def test_results_are_the_references_and_are_counted() -> None:
         "linear w4a16": {"reference": 1},
         "linear w4a4": {f"reference ({way})": 2},
         "quantise a4": {"reference": 1},
+        "rmsnorm": {"reference": 1},
         "rmsnorm_quantise a8": {"reference": 1},
     }
     ops.implementations()["linear w4a16"]["reference"] = 99  # an account is a copy
@@ -100,7 +104,7 @@ class Kernels:
 
     def unsupported(self, *operands: Any, **keywords: Any) -> str | None:
         bits = [keywords.get("bits"), *(x.bits for x in operands if isinstance(x, PackedWeight))]
-        return "3-bit codes" if 3 in (*bits, *operands[1:2]) else None
+        return "3-bit codes" if 3 in (*bits, *(o for o in operands if isinstance(o, int))) else None
 
     def __getattr__(self, operation: str) -> Any:
         return lambda *operands, **keywords: (self.file, operation, keywords)
@@ -140,12 +144,16 @@ def test_on_a_gpu_the_kernel_that_is_meant_runs_and_is_counted() -> None:
     assert called(ops.rmsnorm_quantise(x, eps=1e-5, bits=4, symmetric=True))[0] == "rmsnorm_quantise"
     assert called(ops.hadamard_quantise(x, size=64, bits=4, symmetric=True))[0] == "hadamard_quantise"
     assert called(ops.hadamard(x, size=64))[:2] == ("hadamard_quantise", "hadamard")
+    assert called(ops.rmsnorm(x, add=x, eps=1e-5))[:2] == ("rmsnorm_quantise", "rmsnorm")
+    assert called(ops.gated(x, x))[:2] == ("gated", "gated")
     assert ops.implementations() == {
+        "gated": {"triton": 1},
         "hadamard": {"triton": 1},
         "hadamard_quantise a4": {"triton": 1},
         "linear w4a16": {"triton": 3},
         "linear w4a8": {"triton": 3},
         "quantise a8": {"triton": 1},
+        "rmsnorm": {"triton": 1},
         "rmsnorm_quantise a4": {"triton": 1},
     }
 

@@ -69,7 +69,7 @@ def full(factor: float) -> dict[str, Any]:
         for layer in target.layers:
             for count in target.rows:
                 for name in (*target.against, target.ours):
-                    by = "ours" if name.startswith("ours") else "torch"
+                    by = "ours" if name == target.ours else "torch"
                     seconds = 1e-5 if by == "torch" else 1e-5 / (4.0 * factor)
                     at = {"operation": target.operation, "layer": layer, "rows": count}
                     made = row(name, by, (seconds, seconds, seconds), **at)

@@ -64,10 +64,15 @@ def test_answers_are_complete(answers: dict[str, tuple[Answer, Answer]]) -> None
             "refused: axis-0 groups cannot run with quantised inputs",
         ),
         ("quantise: bfloat16 to 8 bits", "triton (quantise)"),
+        ("quantise: with a gate, halves of rows", "triton (quantise)"),
+        ("gated: bfloat16", "triton (gated)"),
+        ("rmsnorm: of a sum", "triton (rmsnorm_quantise)"),
         ("rmsnorm_quantise: bfloat16 to 8 bits", "triton (rmsnorm_quantise)"),
+        ("rmsnorm_quantise: of a sum", "triton (rmsnorm_quantise)"),
+        ("hadamard_quantise: size 14336 with a gate, halves of rows", "triton (hadamard_quantise)"),
         ("hadamard_quantise: size 14336 = 28 x 512", "triton (hadamard_quantise)"),
         ("hadamard: size 4096, bfloat16", "triton (hadamard_quantise)"),
-        ("kv_attention: 4 bits", "reference: no kernel"),
+        ("kv_attention: 4 bits, heads of 128", "triton (kv_attention)"),
     ],
 )
 def test_what_is_promised_is_there(answers: dict[str, tuple[Answer, Answer]], case: str, answer: str) -> None:

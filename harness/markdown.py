@@ -1,0 +1,40 @@
+"""Markdown tables of reports, by the standard library alone: a bare GPU machine makes some of them, too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+TEXT_COLUMNS = (
+    *("bits", "method", "model", "task", "metric", "protocol"),
+    *("setting", "value", "cell", "what", "stage", "reason", "last output", "text", "quantity", "test"),
+    *("operation", "implementation", "execution"),
+    *("shape", "phase", "online", "bound by", "target", "met", "device"),
+)
+"""Columns of words, which start at the left; all others end at the right."""
+_ROOM = 2  # more than a heading takes
+
+
+def plain(text: object) -> str:
+    """One line that cannot break a Markdown table."""
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    """A pipe table whose columns are padded to one width."""
+    cells = [[plain(value) for value in line] for line in lines]
+    widths = [
+        max(len(name) + _ROOM, *(len(line[place]) for line in cells), 0) for place, name in enumerate(head)
+    ]
+
+    def row(line: Sequence[str]) -> str:
+        padded = (
+            value.ljust(width) if name in TEXT_COLUMNS else value.rjust(width)
+            for value, width, name in zip(line, widths, head, strict=True)
+        )
+        return "| " + " | ".join(padded) + " |"
+
+    rules = (
+        ":" + "-" * (width + 1) if name in TEXT_COLUMNS else "-" * (width + 1) + ":"
+        for name, width in zip(head, widths, strict=True)
+    )
+    return "\n".join([row(head), "|" + "|".join(rules) + "|", *map(row, cells)])

@@ -1,0 +1,283 @@
+"""Decoding with nothing left to the host: a fixed cache, and on a CUDA GPU one captured graph a step.
+
+A decode step of a small batch is a few hundred kernels of microseconds, which the host launches more slowly
+than the GPU runs them. `Decoding` captures them once, over buffers that stay where they are: the tokens read,
+the logits given, a cache with room for `capacity` positions, and a clock on the device (how many positions
+are held, and the position of each sequence), which every step moves on by one. Elsewhere, and for a decoder
+with an operation that waits for the host, the same step runs without a graph.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+
+from kernels import ops
+from methods.cache import FixedCache, Rows
+from methods.decoder import Block, Decoder
+from methods.errors import UserError
+
+_APART = 16
+"""Entries of the clock between two that kernels read: each then begins at a multiple of 128 bytes."""
+
+
+class Decoding:
+    """`batch` sequences side by side in a cache of `capacity` positions.
+
+        logits = decoding.prefill(ids)
+        while ...:
+            logits = decoding.step(logits.argmax(-1))
+
+    Weights and quantisers must stay as they are from the first step on. Raises UserError where the GPU has no
+    memory for the cache. Not for several threads.
+    """
+
+    def __init__(self, decoder: Decoder, batch: int, capacity: int) -> None:
+        if batch < 1 or capacity < 1:
+            raise ValueError(f"room for {batch} sequences of {capacity} positions: give at least 1 of each")
+        self.decoder, self.batch, self.capacity = decoder, batch, capacity
+        self.eager: str | None = "there is no GPU" if decoder.device.type != "cuda" else None
+        """Why steps run without a graph, None where they need not."""
+        device = decoder.device
+        _refuse_too_large(decoder, batch, capacity)
+        with torch.inference_mode(False), torch.no_grad():  # in-place work on the buffers stays allowed
+            clock = torch.zeros(2 * _APART + batch, dtype=torch.long, device=device)
+            self._clock, self._positions = clock, clock[2 * _APART :]
+            self._offsets = torch.zeros_like(clock)  # from `length` to what the clock shows
+            self._offsets[_APART] = 1
+            self.cache = FixedCache(_rows(decoder, batch, capacity, device), clock[0], clock[_APART])
+            cos, sin = decoder.angles(torch.arange(capacity, device=device)[None])
+            self._cos, self._sin = cos[0, 0], sin[0, 0]
+            self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
+            self._real = torch.ones(batch, capacity, dtype=torch.bool, device=device)
+            self._places = torch.arange(capacity, device=device).repeat(batch, 1)
+        self._padded = False
+        self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool = self._stream = None
+        if self.eager is None:
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        self.reset()
+
+    @property
+    def length(self) -> int:
+        """Positions held."""
+        return self.cache.length
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor, mask: Tensor | None = None, *, chunk: int | None = None) -> Tensor:
+        """Read ids [batch, T] behind what is held; logits [batch, vocab] of the last position.
+
+        mask: bool [batch, T], True at real tokens; pad on the left. chunk: bounds the memory of a pass to
+        `chunk` tokens a sequence; what is read at a time is as many whole sequences as that makes, or part of
+        one. ValueError where there is no room; what was held stays.
+        """
+        start, tokens = self.length, ids.shape[1]
+        if ids.shape[0] != self.batch or tokens < 1:
+            raise ValueError(f"ids {tuple(ids.shape)}: must be {self.batch} sequences of at least one token")
+        if mask is not None and mask.shape != ids.shape:
+            raise ValueError(f"mask {tuple(mask.shape)}: must be {tuple(ids.shape)}")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk {chunk}: give at least 1 token")
+        self._need_room(tokens)
+        padded, stop = self._padded or mask is not None, start + tokens
+        real = self._real[:, :stop]
+        if mask is not None:
+            real = torch.cat((real[:, :start], mask.bool()), dim=1)
+        chunk = self.batch * min(chunk or tokens, tokens)
+        together = max(1, chunk // tokens)
+        logits = []
+        for first in range(0, self.batch, together):
+            own = slice(first, first + together)
+            cache = self.cache.of(own)
+            cache.length = start
+            for begin in range(0, tokens, chunk):
+                part = ids[own, begin : begin + chunk]
+                seen = real[own, : cache.length + part.shape[1]] if padded else None
+                state = self.decoder.states(part, mask=seen, cache=cache)
+            logits.append(self.decoder.logits(state[:, -1:])[:, 0])
+        self._padded, self.cache.length = padded, stop
+        if padded:
+            self._real[:, :stop] = real
+            self._place()
+        self._set_clock()
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read one token of each sequence, int64 [batch] or [batch, 1]; logits [batch, vocab] of the next.
+        On a GPU the next step overwrites them. ValueError where there is no room."""
+        self._need_room(1)
+        self.tokens.copy_(tokens.view(self.batch, 1))
+        if self.eager is None and self._padded not in self._graphs:
+            self._capture()
+        if self.eager is None:
+            graph, logits = self._graphs[self._padded]
+            graph.replay()
+        else:
+            logits = self._pass()
+            self._clock.add_(1)
+        self.cache.length += 1
+        return logits
+
+    def truncate(self, length: int) -> None:
+        """Drop every position from `length` on, so that another continuation can be written."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate {self.length} positions to {length}")
+        self.cache.length = length
+        if self._padded:
+            self._real[:, length:] = True
+            self._padded = length > 0
+            self._place()
+        self._set_clock()
+
+    def reset(self) -> None:
+        """Drop everything that is held; room and graph stay."""
+        self.truncate(0)
+
+    def _need_room(self, count: int) -> None:
+        if self.length + count > self.capacity:
+            raise ValueError(
+                f"{self.length + count} positions, and there is room for {self.capacity}: make a larger "
+                "Decoding, or truncate this one"
+            )
+
+    def _place(self) -> None:
+        """Count the real tokens of each sequence: their places, and how far these are behind the cache's."""
+        self._places.copy_((self._real.long().cumsum(-1) - 1).clamp_(min=0))
+        self._offsets[2 * _APART :] = -(~self._real).sum(-1)
+
+    def _set_clock(self) -> None:
+        torch.add(self._offsets, self.length, out=self._clock)
+
+    def _pass(self) -> Tensor:
+        """The step at the position that the clock shows, which stays: logits [batch, vocab]."""
+        cos, sin = (table.index_select(0, self._positions)[:, None, None] for table in (self._cos, self._sin))
+        self.cache.stepping = True
+        try:
+            state = self.decoder.flow(self.tokens, (cos, sin), self._masks(), self.cache)
+            return self.decoder.logits(state)[:, 0]
+        finally:
+            self.cache.stepping = False
+
+    def _masks(self) -> dict[int | None, Tensor | None]:
+        """By window, the keys that this step may see, bool [batch, 1, 1, capacity]; those behind the clock's
+        position are nobody's concern. None: all of them."""
+        masks: dict[int | None, Tensor | None] = {}
+        for window in self.decoder.windows:
+            seen = self._real if self._padded else None
+            if window is not None and window < self.capacity:
+                near = self._positions[:, None] - self._places < window  # in real tokens
+                seen = near if seen is None else near & seen
+            masks[window] = None if seen is None else seen[:, None, None]
+        return masks
+
+    def _capture(self) -> None:
+        """Record the step as a graph, or find out why it cannot be (`eager`). What it writes to the cache on
+        the way, the first replay writes again."""
+        device, stream = self.decoder.device, self._stream
+        assert stream is not None
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device), torch.cuda.stream(stream), ops.weights_at_rest():
+            self._pass()  # compiles kernels and builds what is built once
+            try:
+                with _waiting_refused():
+                    self._pass()
+            except RuntimeError as error:
+                self.eager = str(error).splitlines()[0]
+        torch.cuda.current_stream(device).wait_stream(stream)
+        if self.eager is not None:
+            return
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads of the process may go on allocating.
+            with (
+                torch.cuda.device(device),
+                torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+                ops.weights_at_rest(),
+            ):
+                logits = self._pass()
+                self._clock.add_(1)
+        except RuntimeError as error:  # the same step runs without a graph
+            torch.cuda.synchronize(device)
+            self.eager = str(error).splitlines()[0]
+            return
+        self._graphs[self._padded] = (graph, logits)
+
+
+def kernel_seconds(decoding: Decoding, steps: int = 4) -> dict[str, float]:
+    """Where a step's time on the GPU goes, seconds by name of kernel: from the end of the kernel before it,
+    or its own start where that is later, to its end. So the parts add up although kernels begin early and
+    wait.
+
+    Means over `steps` steps behind the present length, to which the decoding returns, after one that is not
+    counted. Empty where the driver reports no kernels. ValueError where there is no room.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    device, length, tokens = decoding.decoder.device, decoding.length, decoding.tokens.clone()
+    if device.type != "cuda":
+        return {}
+    decoding.step(tokens)
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            decoding.step(tokens)
+        torch.cuda.synchronize(device)
+    decoding.truncate(length)
+    kernels = sorted(
+        (event.time_range.end, event.time_range.start, event.name)
+        for event in profiler.events() or ()
+        if event.device_type == DeviceType.CUDA
+    )
+    found: dict[str, float] = {}
+    before = 0.0
+    for end, start, name in kernels:
+        found[name] = found.get(name, 0.0) + (end - max(start, before)) / 1e6 / steps
+        before = end
+    return found
+
+
+def _rows(decoder: Decoder, batch: int, capacity: int, device: torch.device) -> list[tuple[Rows, Rows]]:
+    """Room for keys and values of every layer."""
+    blocks = [block for block in decoder.layers if isinstance(block, Block)]
+    return [block.self_attn.new_rows(batch, capacity, decoder.dtype, device) for block in blocks]
+
+
+def cache_bytes(decoder: Decoder, batch: int, capacity: int) -> int:
+    """Bytes of the cache of a `Decoding`, found without memory."""
+    meta = torch.device("meta")
+    nothing = torch.empty((), dtype=torch.long, device=meta)
+    return FixedCache(_rows(decoder, batch, capacity, meta), nothing, nothing).nbytes
+
+
+def _refuse_too_large(decoder: Decoder, batch: int, capacity: int) -> None:
+    if decoder.device.type != "cuda":
+        return
+    needed = cache_bytes(decoder, batch, capacity)
+    free = torch.cuda.mem_get_info(decoder.device)[0]
+    # What PyTorch holds and does not use is free, too.
+    free += torch.cuda.memory_reserved(decoder.device) - torch.cuda.memory_allocated(decoder.device)
+    if needed > free:
+        raise UserError(
+            f"the KV cache of {batch} x {capacity} positions takes {needed:,} bytes, and {free:,} bytes of "
+            "the GPU are free: give fewer or shorter sequences"
+        )
+
+
+@contextmanager
+def _waiting_refused() -> Iterator[None]:
+    """Inside, an operation that makes the host wait for the GPU raises RuntimeError, which tells it apart
+    before a capture, that it would spoil."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mode calls itself a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)

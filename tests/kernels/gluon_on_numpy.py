@@ -1,0 +1,172 @@
+"""Just enough of Gluon for Triton's interpreter to run kernels/triton/kv_decode.py: tensors have no layouts
+here, so what is tested is which numbers meet, and not where they lie. Inline assembly is run, word by word.
+
+`install` has to be called before any other module imports that one, in a process of its own.
+"""
+
+import importlib
+import re
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.experimental
+import triton.language as tl
+from triton.runtime.interpreter import TensorHandle
+
+_NUMBER = re.compile(r"\$(\d+)")
+
+
+class Layout:
+    """Stands for every layout, and for their parents."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    @property
+    def parent(self) -> "Layout":
+        return self
+
+
+class Shared:
+    """Shared memory that holds one tensor."""
+
+    def __init__(self, dtype: Any, shape: Any, layout: Any, value: Any) -> None:
+        self.value = value
+
+    def load(self, layout: Any) -> Any:
+        return self.value
+
+
+def install() -> None:
+    """Import kernels/triton/kv_decode.py with this in the place of Gluon, and make the calls for dependent
+    launches nothing."""
+    # The interpreter reads annotations as text.
+    plain = triton.runtime.jit._normalize_ty
+    triton.runtime.jit._normalize_ty = lambda kind: plain(
+        kind.removeprefix("gl.") if isinstance(kind, str) else kind
+    )
+    language = ModuleType("triton.experimental.gluon.language")
+    for name in (
+        *(
+            "program_id",
+            "load",
+            "store",
+            "minimum",
+            "maximum",
+            "where",
+            "exp2",
+            "abs",
+            "cdiv",
+            "join",
+            "split",
+        ),
+        *("permute", "expand_dims"),
+    ):
+        setattr(language, name, _late(name))
+    for name in ("constexpr", "float32", "bfloat16", "float16", "int32", "int16", "int64"):
+        setattr(language, name, getattr(tl, name))
+    for name in (
+        *("NVMMADistributedLayout", "BlockedLayout", "DistributedLinearLayout", "SliceLayout"),
+        *("DotOperandLayout", "SwizzledSharedLayout"),
+    ):
+        setattr(language, name, Layout)
+    given: dict[str, Any] = {
+        "static_range": range,
+        "arange": lambda start, end, layout=None: tl.arange(start, end),
+        "zeros": lambda shape, dtype, layout=None: tl.zeros(shape, dtype),
+        "full": lambda shape, value, dtype, layout=None: tl.full(shape, value, dtype),
+        "convert_layout": lambda x, layout, assert_trivial=False: x,
+        "sum": lambda x, axis: tl.sum(x, axis),
+        "max": lambda x, axis: tl.max(x, axis),
+        "allocate_shared_memory": Shared,
+        "inline_asm_elementwise": assembled,
+    }
+    for name, value in given.items():
+        setattr(language, name, value)
+    gluon = ModuleType("triton.experimental.gluon")
+    gluon.language, gluon.jit = language, triton.jit  # type: ignore[attr-defined]
+    gluon.constexpr_function = lambda function: function  # type: ignore[attr-defined]
+    ampere = ModuleType("triton.experimental.gluon.language.nvidia.ampere")
+    ampere.mma_v2 = lambda a, b, c: tl.dot(a, b, c)  # type: ignore[attr-defined]
+
+    stand_ins = {
+        "triton.experimental.gluon": gluon,
+        "triton.experimental.gluon.language": language,
+        "triton.experimental.gluon.language.nvidia": ModuleType("nvidia"),
+        "triton.experimental.gluon.language.nvidia.ampere": ampere,
+    }
+    real = {name: importlib.import_module(name) for name in stand_ins}
+    triton.experimental.gluon = gluon
+    sys.modules |= stand_ins
+    kernels: Any = importlib.import_module("kernels.triton.kv_decode")
+    kernels.gdc_wait = kernels.gdc_launch_dependents = lambda: None
+    operands: Any = importlib.import_module("kernels.triton.kv_operands")
+    operands.tl = tl  # the interpreter looks for it where a function is defined
+    triton.experimental.gluon = real["triton.experimental.gluon"]
+    sys.modules |= real
+
+
+def _late(name: str) -> Any:
+    """The function of `tl` of that name when it is called: the interpreter replaces them."""
+    return lambda *arguments, **keywords: getattr(tl, name)(*arguments, **keywords)
+
+
+def assembled(
+    assembly: Any, constraints: str, arguments: list[Any], dtype: Any, is_pure: bool, pack: int
+) -> Any:
+    """The result, or the results, of assembly on 32-bit words; conversions of floats by name."""
+    text = getattr(assembly, "value", assembly)
+    if text.startswith("cvt.rn."):
+        return arguments[0].to(dtype)
+    if text.startswith("shl.b32 $0, $2, 16;"):
+        return arguments[0].to(tl.float32)
+    kinds = dtype if isinstance(dtype, tuple) else (dtype,)
+    shape = np.broadcast_shapes(*(x.handle.data.shape for x in arguments))
+    registers: dict[str, np.ndarray] = {
+        f"${len(kinds) + i}": np.broadcast_to(x.handle.data, shape).view(np.uint32)
+        for i, x in enumerate(arguments)
+    }
+    for line in re.sub(r"\{|\}|\.reg[^;]*;", "", text).replace("\n", " ").split(";"):
+        if line.strip():
+            name, operands = line.strip().split(None, 1)
+            target, *sources = (each.strip() for each in operands.split(","))
+            values = [registers[s] if s in registers else np.uint32(int(s, 0)) for s in sources]
+            registers[target] = _instruction(name, values)
+    results = tuple(
+        tl.tensor(
+            TensorHandle(np.ascontiguousarray(registers[f"${i}"]).view(np.int32), tl.int32),
+            tl.block_type(tl.int32, list(shape)),
+        )
+        for i in range(len(kinds))
+    )
+    return results if isinstance(dtype, tuple) else results[0]
+
+
+def _instruction(name: str, values: list[Any]) -> np.ndarray:
+    if name == "mov.b32":
+        return np.asarray(values[0])
+    if name == "shr.u32":
+        return np.asarray(values[0] >> values[1])
+    if name == "lop3.b32":
+        a, b, c, table = values
+        found = np.uint32(0)
+        for row in range(8):
+            if int(table) >> row & 1:
+                bits = [x if row >> 2 - i & 1 else ~x for i, x in enumerate((a, b, c))]
+                found = found | (bits[0] & bits[1] & bits[2])
+        return np.asarray(found)
+    if name == "prmt.b32":
+        a, b, selector = values
+        parts = [x >> np.uint32(8 * i) & np.uint32(255) for x in (a, b) for i in range(4)]
+        chosen = [parts[int(selector) >> 4 * i & 7] << np.uint32(8 * i) for i in range(4)]
+        return np.asarray(chosen[0] | chosen[1] | chosen[2] | chosen[3])
+    kind = {"sub.bf16x2": torch.bfloat16, "sub.f16x2": torch.float16}[name]
+    a, b = (
+        torch.from_numpy(np.ascontiguousarray(np.broadcast_arrays(*values)[i]).view(np.int16)).view(kind)
+        for i in range(2)
+    )
+    return (a - b).view(torch.int16).numpy().view(np.uint32)
