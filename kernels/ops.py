@@ -29,7 +29,7 @@ from kernels import integer, kv_reference, reference
 from kernels.kv_reference import PackedRows
 from kernels.reference import PackedWeight, Quantised, Quantiser
 
-FEW_ROWS = 32
+FEW_ROWS = 16
 """Rows of a linear's input up to which reading the weight takes the time."""
 CAPABILITY = 9
 """Major compute capability that the kernels are written for: Hopper."""
