@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 MAX_SHARED = 227 * 1024
-LARGEST_TILE = 256 * 128
 # What remains of shared memory for barriers and the exchange of scalars.
 _RESERVE = 1536
 # A program does at least this many steps of a split tile.

@@ -37,6 +37,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "linear_few": {"linear": at_rest_too(reference.linear)},
         "linear_many": {"linear": at_rest_too(reference.linear)},
         "linear_a16": {"linear": at_rest_too(reference.linear)},
+        "dequantise": {"linear": at_rest_too(reference.linear)},
         "rmsnorm_quantise": {"rmsnorm_quantise": reference.rmsnorm_quantise},
         "hadamard_quantise": {"hadamard_quantise": reference.hadamard_quantise},
     }
