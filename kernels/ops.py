@@ -31,7 +31,7 @@ from kernels.kv_reference import PackedRows, Rows
 from kernels.pass_reference import Normalised, Normed
 from kernels.reference import PackedWeight, Quantised, Quantiser
 
-FEW_ROWS = 32
+FEW_ROWS = 16
 """Rows of a linear's input up to which reading the weight takes the time."""
 CAPABILITY = 9
 """Major compute capability that the kernels are written for: Hopper."""
@@ -129,11 +129,16 @@ def linear(
 
 
 def linear_kernel(x: Tensor | Quantised) -> str:
-    """The file of kernels/triton that is meant for a linear of x. That of floating-point inputs refuses many
-    rows, for which the reference (a dequantised weight, one dense product) is faster."""
+    """The file of kernels/triton that is meant for a linear of x.
+
+    Many rows of floating-point inputs meet a dequantised weight in one dense product. For 33 to 64 rows
+    `linear_a16` could run too, but reads x so often that it is the slower one.
+    """
+    given = x if isinstance(x, Tensor) else x.codes
+    few = given.numel() <= FEW_ROWS * given.shape[-1]
     if isinstance(x, Tensor):
-        return "linear_a16"
-    return "linear_few" if x.codes.numel() <= FEW_ROWS * x.codes.shape[-1] else "linear_many"
+        return "linear_a16" if few else "dequantise"
+    return "linear_few" if few else "linear_many"
 
 
 def rmsnorm(

@@ -150,7 +150,12 @@ _LINEARS: dict[str, dict[str, Any]] = {
     "w4a16, 1 row, one scale an output": {"bits": 16},
     "w4a16, 1 row, groups along axis 0": {"bits": 16, "axis": 0},
     "w4a16, 1 row, 64 kept channels": {"bits": 16, "keep": 64},
+    f"w4a16, {MANY} rows of bfloat16, groups of 128": {"bits": 16, "group": 128, "rows": MANY},
     "w4a16, 1024 rows": {"bits": 16, "group": 128, "rows": 1024},
+    "w4a16, 1024 rows, groups of 64 with zero-points": {"bits": 16, "group": 64, "rows": 1024, "zero": True},
+    "w4a16, 1024 rows, groups of 8": {"bits": 16, "group": 8, "rows": 1024},
+    "w4a16, 1024 rows of float32": {"bits": 16, "group": 128, "rows": 1024, "x": _F32, "dtype": _F32},
+    "w4a16, 1024 rows, 64 kept channels": {"bits": 16, "rows": 1024, "keep": 64},
     "w3a16, 1 row, groups of 128": {"bits": 16, "group": 128, "weight_bits": 3},
 }
 

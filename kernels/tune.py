@@ -38,6 +38,8 @@ MOST_LAUNCHES = 16
 FIRST, FINAL, FINALISTS = 3, 9, 4
 """Replays of every candidate, and of the best few when they are timed again in turns."""
 A16_GROUP = 128
+WARMING = 1.0
+"""Seconds of matrix products before the first timing: a GPU that has waited for compilers clocks low."""
 STALLED = 45.0
 """Seconds without a compiled job after which the jobs that are left have brought down their processes."""
 
@@ -53,7 +55,7 @@ class Operation:
 
 
 OPERATIONS = {
-    "linear_few": Operation(tuple(rows for rows in ROWS if rows <= 64), at_rest=True),
+    "linear_few": Operation(tuple(rows for rows in ROWS if rows <= 32), at_rest=True),
     "linear_many": Operation(tuple(rows for rows in ROWS if rows >= 16), at_rest=True),
     "linear_a16": Operation(tuple(rows for rows in ROWS if rows <= 64), floating=True, at_rest=True),
 }
@@ -243,6 +245,15 @@ def _timed(graphs: dict[Any, Any], replays: int, flush: Tensor, launches: int) -
     return {choice: statistics.median(values) for choice, values in seconds.items()}
 
 
+def warm() -> None:
+    """Bring the GPU to the clocks that it keeps under load."""
+    x = torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    until = time.monotonic() + WARMING
+    while time.monotonic() < until:
+        torch.matmul(x, x)
+        torch.cuda.synchronize()
+
+
 def tune(todo: Sequence[Job], done: set[Job], table: tuning.Table, out: Path) -> int:
     """Time what was compiled, shape by shape, and write each choice as it is found. Entries of other shapes
     and GPUs stay as they are in `table`. Returns how many were found."""
@@ -254,6 +265,8 @@ def tune(todo: Sequence[Job], done: set[Job], table: tuning.Table, out: Path) ->
             choices = shapes.setdefault((job.operation, job.rows, outputs, job.inputs), [])
             if job in done:
                 choices.append(job.choice)
+    if done:
+        warm()
     print("operation, rows x outputs x inputs: µs (default µs), TB/s of packed weights, TOPS: choice")
     for (operation, rows, outputs, inputs), choices in shapes.items():
         key = tuning.shape_key(rows, outputs, inputs)

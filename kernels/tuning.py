@@ -1,9 +1,10 @@
 """The fixed table of tuning choices: which variant of a kernel runs for a shape on a GPU.
 
 kernels/tuning.json holds {GPU: {operation: {"<rows>x<outputs>x<inputs>": {parameter: value}}}}, with rows
-rounded up to a power of two, as `python -m kernels.tune` measured it. A shape or a GPU that is not in it runs
-with the default of the kernel's file. Nothing is tuned while something else runs, so what an operation
-computes depends on its operands and on this table alone; records name the table by `table_sha256`.
+rounded up to a power of two, and more than MOST_ROWS taken as that many, as `python -m kernels.tune` measured
+it. A shape or a GPU that is not in it runs with the default of the kernel's file. Nothing is tuned while
+something else runs, so what an operation computes depends on its operands and on this table alone; records
+name the table by `table_sha256`.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
+MOST_ROWS = 8192
 TABLE = Path(__file__).with_name("tuning.json")
 
 Table = dict[str, dict[str, dict[str, dict[str, Any]]]]
@@ -37,7 +39,7 @@ def lookup(operation: str, device: torch.device, rows: int, outputs: int, inputs
 
 def shape_key(rows: int, outputs: int, inputs: int) -> str:
     """The table's name of a shape."""
-    return f"{1 << max(rows - 1, 0).bit_length()}x{outputs}x{inputs}"
+    return f"{min(1 << max(rows - 1, 0).bit_length(), MOST_ROWS)}x{outputs}x{inputs}"
 
 
 def gpu_name(device: torch.device) -> str:

@@ -1,14 +1,13 @@
 """The linear layer for few rows of 16-bit inputs and 4-bit weights, with or without groups. See `few_rows`.
 
-Byte 16 q + 4 j + 2 c + d of 64, held by lane q of four, is element 16 j + 8 c + 2 q + d of the left operand
-of `mma.m16n8k16`. A nibble becomes a number without conversion: byte 0x43 above byte u = code + 8 is bfloat16
-for 128 + u (0x64 and 1024 for float16), and one packed subtraction leaves the code, exactly. Codes are
-multiplied as they are; the scale of a group meets the float32 sum of its products, which is one
-multiplication for a whole piece of the row. A zero-point z meets the sum of the inputs, as
-Σ (q - z) x = Σ q x - z Σ x; the second sum is a product with ones, so z need not be a number that 16 bits
-hold.
+There are two kernels: one reads x beside the weights, piece by piece, for each block of outputs
+(`linear_a16_streamed`); the other, for up to 16 rows, holds x in registers and goes through many blocks
+(`linear_a16_held`). In both, codes are multiplied as they are; the scale of a group meets the float32 sum of
+its products, which is one multiplication for a whole piece of the row. A zero-point z meets the sum of the
+inputs, as Σ (q - z) x = Σ q x - z Σ x; the second sum is one in float32, so z need not be a number that 16
+bits hold.
 
-The reference rounds each dequantised weight to x's dtype, this kernel does not: it is the more exact one.
+The reference rounds each dequantised weight to x's dtype, these kernels do not: they are the more exact ones.
 Where weights have zero-points, an infinity in a row of x makes that row NaN, where the reference may have
 ±Inf.
 """
@@ -19,37 +18,31 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 from torch import Tensor
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import tuning
 from kernels.compiled import Compilation
 from kernels.reference import PackedWeight, Quantised
 from kernels.triton import few_rows
-from kernels.triton.few_rows import (
-    fetch,
-    fetch_inputs,
-    fetch_weights,
-    finish,
-    flat,
-    piece_layout,
-    pieces,
-    product_layout,
-    sum_over_warps,
-    tile_layout,
-    tokens,
-)
+from kernels.triton.few_rows import flat, pieces, tokens
+from kernels.triton.linear_a16_held import held_kernel
+from kernels.triton.linear_a16_streamed import streamed_kernel
 from kernels.triton.operands import matrix
+from kernels.triton.workspace import nowhere, processors, words, workspace
 
 MOST_TOKENS = 16
+REGISTERS = 65536
+"""Of a multiprocessor."""
+PROCESSORS = 132
+"""Of the GPUs that the kernels are tuned for."""
 
 
 @dataclass(frozen=True)
 class Choice:
     """outputs, warps, ahead, x_ahead, registers: as in `linear_few`. piece: bytes of a piece, 64 or 128; in
-    any case within a group of weights."""
+    any case within a group of weights.
+
+    held: where it is not 0, pieces whose x a warp holds in registers; `ahead` then counts blocks of 16
+    outputs, and `outputs` and `x_ahead` mean nothing. For more than 16 rows x is never held."""
 
     outputs: int = 16
     warps: int = 8
@@ -57,6 +50,7 @@ class Choice:
     x_ahead: int = 1
     registers: int = 255
     piece: int = 128
+    held: int = 0
 
 
 def linear(
@@ -86,21 +80,20 @@ def linear(
     if m == 0:
         return y
     choice = choice or tuning.lookup("linear_a16", values.device, m, n, k, Choice())
-    choice = _fitted(choice, k, w.group)
+    choice = _fitted(choice, m, n, k, w.group, processors(values.device))
+    packed = w.packed.view(torch.int32 if choice.held else torch.int8)
+    operands = (values, packed, w.scale, w.zero, y, flat(bias), flat(row_scale))
+    constants = _constants(m, n, k, w.group, w.scale.stride(1), 0 if w.signed else 8, choice)
+    options = _options(choice, weights_at_rest)
     with torch.cuda.device_of(values):
-        _kernel[(triton.cdiv(m, tokens(m, MOST_TOKENS)), triton.cdiv(n, choice.outputs))](
-            values,
-            w.packed.view(torch.int8),
-            w.scale,
-            w.zero,
-            y,
-            flat(bias),
-            flat(row_scale),
-            m,
-            n,
-            **_constants(m, k, w.group, w.scale.stride(1), 0 if w.signed else 8, choice),
-            **_options(choice, weights_at_rest),
-        )
+        if choice.held:
+            slices, teams = _dealt(choice, n, k, processors(values.device))
+            partials, arrivals = (workspace if slices > 1 else nowhere)(values.device)
+            sums = partials.view(torch.float32)
+            held_kernel[(slices * teams,)](*operands, sums, arrivals, m, n, **constants, **options)
+        else:
+            grid = (triton.cdiv(m, tokens(m, MOST_TOKENS)), triton.cdiv(n, choice.outputs))
+            streamed_kernel[grid](*operands, m, n, **constants, **options)
     return y
 
 
@@ -162,25 +155,49 @@ def candidates(rows: int, outputs: int, inputs: int) -> list[Choice]:
             (64, 4, 1, 1, 255, 64),
             (16, 8, 1, 1, 255, 64),
         ]
+    # Warps, blocks ahead, registers, bytes of a piece, pieces held.
+    if rows <= 8:
+        held = [(16, 2, 128, 128, 1), (16, 1, 128, 128, 1), (8, 2, 128, 128, 1), (8, 2, 255, 128, 2)]
+        held += [(16, 3, 128, 128, 1), (16, 3, 128, 64, 1), (8, 3, 255, 128, 2), (4, 2, 255, 128, 2)]
+    else:
+        held = [(16, 1, 128, 128, 1), (16, 2, 128, 128, 1), (8, 1, 128, 128, 1), (8, 2, 128, 128, 1)]
+        held += [(8, 1, 255, 128, 2), (8, 2, 255, 128, 2), (4, 2, 128, 128, 1), (16, 3, 128, 64, 1)]
     fitting = [
-        tile
+        Choice(*tile)
         for tile in tiles
         if tile[1] * tile[5] <= inputs // 2 and tile[0] * tokens(rows, MOST_TOKENS) <= 1024
     ]
-    return list(dict.fromkeys(_fitted(Choice(*tile), inputs, 128) for tile in fitting))
+    if rows <= MOST_TOKENS:
+        fitting += [
+            Choice(warps=warps, ahead=ahead, registers=registers, piece=piece, held=pieces_held)
+            for warps, ahead, registers, piece, pieces_held in held
+            if warps * piece <= inputs // 2
+        ]
+    return list(dict.fromkeys(_fitted(choice, rows, outputs, inputs, 128) for choice in fitting))
 
 
 def compilations() -> Iterator[Compilation]:
-    for rows, inputs, group, zero in (
-        (1, 4096, 128, False),
-        (16, 4096, 128, False),
-        (16, 4096, 128, True),
-        (16, 576, 576, True),
-        (16, 14336, 128, False),
-        (64, 4096, 4096, False),
+    held, half = Choice(warps=16, registers=128, ahead=1, held=1), Choice(ahead=2, held=2)
+    small = replace(held, ahead=3, piece=64)
+    for rows, inputs, group, zero, choice in (
+        (1, 4096, 128, False, Choice()),
+        (16, 4096, 128, False, Choice()),
+        (16, 4096, 128, True, Choice()),
+        (16, 576, 576, True, Choice()),
+        (16, 14336, 128, False, Choice()),
+        (64, 4096, 4096, False, Choice()),
+        (1, 4096, 128, False, replace(held, ahead=2)),
+        (16, 4096, 128, False, held),
+        (16, 4096, 128, False, half),
+        (16, 4096, 128, True, replace(half, ahead=1)),
+        (16, 4096, 4096, True, small),
+        (16, 576, 576, True, replace(half, ahead=1)),
+        (16, 14336, 128, False, small),
     ):
         name = f"{rows} rows, K {inputs}, groups of {group}{', zero-points' if zero else ''}"
-        yield compilation(name, rows, 4096, inputs, Choice(), group=group, zero=zero)
+        if choice.held:
+            name += f", {choice.held} held by each of {choice.warps} warps"
+        yield compilation(name, rows, 4096, inputs, choice, group=group, zero=zero)
 
 
 def compilation(
@@ -195,37 +212,44 @@ def compilation(
 ) -> Compilation:
     """The launch of a product of that size, inputs and results in bfloat16."""
     group = group or inputs
-    choice = _fitted(choice, inputs, group)
+    choice = _fitted(choice, rows, outputs, inputs, group)
     none = ("bias_ptr", "row_scale_ptr", *(() if zero else ("zero_ptr",)))
+    shared = {"partials": "*fp32", "arrivals": "*i32"} if choice.held else {}
     return Compilation(
         f"linear_a16 {name}",
-        _kernel,
+        held_kernel if choice.held else streamed_kernel,
         {
-            "w_ptr": "*i8",
+            "w_ptr": "*i32" if choice.held else "*i8",
             **dict.fromkeys(("x_ptr", "y_ptr"), "*bf16"),
             **dict.fromkeys(("scale_ptr", *(("zero_ptr",) if zero else ())), "*fp32"),
+            **shared,
             **dict.fromkeys(("rows", "outputs"), "i32"),
         },
-        {**dict.fromkeys(none), **_constants(rows, inputs, group, outputs, 8 if zero else 0, choice)},
+        {
+            **dict.fromkeys(none),
+            **_constants(rows, outputs, inputs, group, outputs, 8 if zero else 0, choice),
+        },
         _options(choice, True),
-        expect=("HMMA.16816.F32.BF16", "LDG.E.128"),
+        expect=("HMMA.16816.F32.BF16", "LDG.E.128.STRONG.GPU"),  # past the first cache: weights
     )
 
 
 def _constants(
-    rows: int, inputs: int, group: int, stride: int, offset: int, choice: Choice
+    rows: int, outputs: int, inputs: int, group: int, stride: int, offset: int, choice: Choice
 ) -> dict[str, int]:
+    own: dict[str, int] = {"OUTPUTS": choice.outputs, "X_AHEAD": choice.x_ahead}
+    if choice.held:
+        own = {"STEPS": choice.held, "SLICES": _slices(choice, inputs), "EVEN": outputs % 16 == 0}
     return {
         "HALF": inputs // 2,
         "STRIDE": stride,
         "GROUP": group,
         "ZERO_OFFSET": offset,
-        "OUTPUTS": choice.outputs,
         "TOKENS": tokens(rows, MOST_TOKENS),
         "WARPS": choice.warps,
         "AHEAD": choice.ahead,
-        "X_AHEAD": choice.x_ahead,
         "PIECE": choice.piece,
+        **own,
     }
 
 
@@ -233,207 +257,30 @@ def _options(choice: Choice, at_rest: bool) -> dict[str, int | bool]:
     return {"num_warps": choice.warps, "maxnreg": choice.registers, "launch_pdl": at_rest}
 
 
-def _fitted(choice: Choice, inputs: int, group: int) -> Choice:
-    """The choice, with pieces that lie within groups and no more of them ahead than there are."""
+def _fitted(
+    choice: Choice, rows: int, outputs: int, inputs: int, group: int, available: int = PROCESSORS
+) -> Choice:
+    """The choice, with pieces that lie within groups, no more of them held or ahead than there are, and none
+    held for many rows or where partial sums take more than the working memory. available:
+    multiprocessors."""
     piece = choice.piece if group == inputs or group % choice.piece == 0 else 64
     most = pieces(inputs, piece, choice.warps)
-    return replace(choice, piece=piece, ahead=min(choice.ahead, most), x_ahead=min(choice.x_ahead, most))
+    held = replace(choice, piece=piece, held=min(choice.held, most), outputs=16, x_ahead=1)
+    slices = _slices(held, inputs) if held.held else 0
+    sums = slices * triton.cdiv(outputs, 16) * 16 * tokens(rows, MOST_TOKENS)
+    if slices and rows <= MOST_TOKENS and (slices == 1 or sums <= words(available)):
+        return held
+    few = min(choice.ahead, most), min(choice.x_ahead, most)
+    return replace(choice, piece=piece, ahead=few[0], x_ahead=few[1], held=0)
 
 
-def _assembly(shift: str, top: str, offset: str, pair: str) -> gl.constexpr:
-    """Four nibbles, each with its top bit flipped and `top` above it, less the offset in each half word."""
-    return gl.constexpr(
-        f"""{{
-        .reg .b32 t, u, v;
-        mov.b32 t, $2; {shift}
-        lop3.b32 t, t, 0x0f0f0f0f, 0x08080808, 0x6a;
-        prmt.b32 u, t, {top}, 0x4140;
-        prmt.b32 v, t, {top}, 0x4342;
-        mov.b32 t, {offset};
-        sub.{pair} $0, u, t;
-        sub.{pair} $1, v, t;
-        }}"""
-    )
+def _slices(choice: Choice, inputs: int) -> int:
+    """Programs that share a row of the weight."""
+    return pieces(inputs, choice.piece * choice.held, choice.warps)
 
 
-_LOW_BFLOAT16 = _assembly("", "0x43434343", "0x43084308", "bf16x2")
-_HIGH_BFLOAT16 = _assembly("shr.b32 t, t, 4;", "0x43434343", "0x43084308", "bf16x2")
-_LOW_FLOAT16 = _assembly("", "0x64646464", "0x64086408", "f16x2")
-_HIGH_FLOAT16 = _assembly("shr.b32 t, t, 4;", "0x64646464", "0x64086408", "f16x2")
-
-
-@gluon.jit
-def _codes(packed, BFLOAT16: gl.constexpr, FLOAT16: gl.constexpr, like):
-    """The codes of one nibble of each byte, in the type that `like` points to, laid out as `packed`."""
-    if like.dtype.element_ty == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            BFLOAT16, "=r,=r,r", [packed], dtype=gl.bfloat16, is_pure=True, pack=4
-        )
-    else:
-        return gl.inline_asm_elementwise(FLOAT16, "=r,=r,r", [packed], dtype=gl.float16, is_pure=True, pack=4)
-
-
-@gluon.jit
-def _weights(rows, first, step: gl.constexpr, ROUND: gl.constexpr, HALF: gl.constexpr):
-    """A piece of each block of rows."""
-    found = ()
-    for block in gl.static_range(len(rows)):
-        found = found + (fetch_weights(rows[block], first, step, ROUND, HALF),)
-    return found
-
-
-@gluon.jit
-def _per_group(
-    pointer,
-    rows,
-    place,
-    STRIDE: gl.constexpr,
-    step: gl.constexpr,
-    ROUND: gl.constexpr,
-    HALF: gl.constexpr,
-    GROUP: gl.constexpr,
-):
-    """What each group of weights has one of, for the low and the high half of a piece of each block of rows,
-    [warp, row, 1]. STRIDE: from one group to the next."""
-    found = ()
-    for block in gl.static_range(len(rows)):
-        group = pointer + rows[block] + (step * ROUND + place) // GROUP * STRIDE
-        low = fetch(group, place, None, step, ROUND, HALF, "")
-        found = found + ((low, fetch(group + HALF // GROUP * STRIDE, place, None, step, ROUND, HALF, "")),)
-    return found
-
-
-@gluon.jit
-def _left(codes, layout: gl.constexpr):
-    """Codes [warp, row, piece] as the left operand, in the order of this file's head."""
-    WARPS: gl.constexpr = codes.type.shape[0]
-    ROWS: gl.constexpr = codes.type.shape[1]
-    PIECE: gl.constexpr = codes.type.shape[2]
-    a = gl.permute(codes.reshape([WARPS, ROWS, PIECE // 64, 4, 4, 2, 2]), [0, 1, 2, 4, 5, 3, 6])
-    return gl.convert_layout(a.reshape([WARPS, ROWS, PIECE]), layout, assert_trivial=True)
-
-
-@gluon.jit
-def _right(values, layout: gl.constexpr):
-    """x [warp, token, piece] as the right operand [warp, piece, token], in the same order."""
-    WARPS: gl.constexpr = values.type.shape[0]
-    TOKENS: gl.constexpr = values.type.shape[1]
-    PIECE: gl.constexpr = values.type.shape[2]
-    b = gl.permute(values.reshape([WARPS, TOKENS, PIECE // 64, 4, 4, 2, 2]), [0, 2, 4, 5, 3, 6, 1])
-    return gl.convert_layout(b.reshape([WARPS, PIECE, TOKENS]), layout, assert_trivial=True)
-
-
-@gluon.jit(do_not_specialize=("rows", "outputs"))
-def _kernel(
-    x_ptr,
-    w_ptr,
-    scale_ptr,
-    zero_ptr,
-    y_ptr,
-    bias_ptr,
-    row_scale_ptr,
-    rows,
-    outputs,
-    HALF: gl.constexpr,
-    STRIDE: gl.constexpr,
-    GROUP: gl.constexpr,
-    ZERO_OFFSET: gl.constexpr,
-    OUTPUTS: gl.constexpr,
-    TOKENS: gl.constexpr,
-    WARPS: gl.constexpr,
-    AHEAD: gl.constexpr,
-    X_AHEAD: gl.constexpr,
-    PIECE: gl.constexpr,
-):
-    product: gl.constexpr = product_layout(WARPS)
-    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=product, k_width=2)
-    right: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=product, k_width=2)
-    piece: gl.constexpr = piece_layout(WARPS)
-    tile: gl.constexpr = tile_layout(WARPS)
-    ROUND: gl.constexpr = WARPS * PIECE
-    STEPS: gl.constexpr = (HALF + ROUND - 1) // ROUND
-    GROUPS: gl.constexpr = 2 * HALF // GROUP
-    BLOCKS: gl.constexpr = OUTPUTS // 16
-
-    gdc_launch_dependents()
-    # Programs that read the same weights are neighbours.
-    start = gl.program_id(1) * OUTPUTS
-    begin = gl.program_id(0) * TOKENS
-    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, piece)))[:, None, None]
-    byte = gl.arange(0, PIECE, layout=gl.SliceLayout(0, gl.SliceLayout(1, piece)))[None, None, :]
-    row = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, piece)))[None, :, None]
-    token = begin + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, gl.SliceLayout(2, piece)))[None, :, None]
-    first = warp * PIECE + byte
-    x_row = x_ptr + token * (2 * HALF) + first
-    # The same places as the product has them, for what each group of weights has one of.
-    place = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, product)))[:, None, None] * PIECE
-    row_of = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, product)))[None, :, None]
-    w_rows = ()
-    s_rows = ()
-    for block in gl.static_range(BLOCKS):
-        # Rows behind the last read the last again: their results are not stored.
-        w_rows = w_rows + (w_ptr + gl.minimum(start + 16 * block + row, outputs - 1) * HALF + first,)
-        s_rows = s_rows + (gl.minimum(start + 16 * block + row_of, outputs - 1),)
-
-    weights = ()
-    scales = ()
-    for step in gl.static_range(AHEAD):
-        weights = weights + (_weights(w_rows, first, step, ROUND, HALF),)
-        if GROUPS > 1:
-            scales = scales + (_per_group(scale_ptr, s_rows, place, STRIDE, step, ROUND, HALF, GROUP),)
-    # All above is at rest; what follows may come from the kernel before this one.
-    gdc_wait()
-    inputs = ()
-    for step in gl.static_range(X_AHEAD):
-        inputs = inputs + (fetch_inputs(x_row, first, token < rows, step, ROUND, HALF),)
-    nothing = gl.zeros([WARPS, 16, TOKENS], gl.float32, layout=product)
-    ones = gl.full([WARPS, 16, PIECE], 1.0, x_ptr.dtype.element_ty, layout=left)
-    x_sum = nothing
-    totals = ()
-    for _ in gl.static_range(BLOCKS):
-        totals = totals + (nothing,)
-    for step in gl.static_range(STEPS):
-        if step + X_AHEAD < STEPS:
-            inputs = inputs + (fetch_inputs(x_row, first, token < rows, step + X_AHEAD, ROUND, HALF),)
-        if step + AHEAD < STEPS:
-            weights = weights + (_weights(w_rows, first, step + AHEAD, ROUND, HALF),)
-            if GROUPS > 1:
-                scales = scales + (
-                    _per_group(scale_ptr, s_rows, place, STRIDE, step + AHEAD, ROUND, HALF, GROUP),
-                )
-        x_low = _right(inputs[step][0], right)
-        x_high = _right(inputs[step][1], right)
-        if zero_ptr is not None:
-            if GROUPS == 1:
-                x_sum = mma_v2(ones, x_high, mma_v2(ones, x_low, x_sum))
-            else:
-                x_sum_low = mma_v2(ones, x_low, nothing)
-                x_sum_high = mma_v2(ones, x_high, nothing)
-                zeros = _per_group(zero_ptr, s_rows, place, STRIDE, step, ROUND, HALF, GROUP)
-        # Sixteen rows after the other, so that few registers hold unpacked codes.
-        sums = ()
-        for block in gl.static_range(BLOCKS):
-            low = _left(_codes(weights[step][block], _LOW_BFLOAT16, _LOW_FLOAT16, x_ptr), left)
-            high = _left(_codes(weights[step][block], _HIGH_BFLOAT16, _HIGH_FLOAT16, x_ptr), left)
-            if GROUPS == 1:
-                sums = sums + (mma_v2(high, x_high, mma_v2(low, x_low, totals[block])),)
-            else:
-                sum_low = mma_v2(low, x_low, nothing)
-                sum_high = mma_v2(high, x_high, nothing)
-                if zero_ptr is not None:
-                    sum_low -= (zeros[block][0] - ZERO_OFFSET) * x_sum_low
-                    sum_high -= (zeros[block][1] - ZERO_OFFSET) * x_sum_high
-                scaled = totals[block] + scales[step][block][0] * sum_low
-                sums = sums + (scaled + scales[step][block][1] * sum_high,)
-        totals = sums
-
-    m = begin + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, tile))
-    for block in gl.static_range(BLOCKS):
-        n = start + 16 * block + gl.arange(0, 16, layout=gl.SliceLayout(1, tile))
-        y = sum_over_warps(totals[block], tile)
-        if GROUPS == 1:
-            if zero_ptr is not None:
-                zero = gl.load(zero_ptr + n, mask=n < outputs, other=0.0) - ZERO_OFFSET
-                y -= zero[:, None] * sum_over_warps(x_sum, tile)
-            y *= gl.load(scale_ptr + n, mask=n < outputs, other=0.0)[:, None]
-        finish(y, n, m, y_ptr, bias_ptr, row_scale_ptr, rows, outputs)
+def _dealt(choice: Choice, outputs: int, inputs: int, available: int) -> tuple[int, int]:
+    """(slices, teams of as many programs): what that many multiprocessors hold at once, by registers."""
+    programs = available * max(REGISTERS // (choice.registers * choice.warps * 32), 1)
+    slices = _slices(choice, inputs)
+    return slices, max(min(programs // slices, triton.cdiv(outputs, 16)), 1)

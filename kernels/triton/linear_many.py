@@ -13,7 +13,6 @@ split along K among all programs (stream-K): the integer partial sums go through
 program to arrive adds them up. Integers have one sum in any order, so every choice gives the same bits.
 """
 
-import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -28,7 +27,6 @@ from kernels.compiled import Compilation, launch
 from kernels.reference import PackedWeight, Quantised
 from kernels.triton import operands
 from kernels.triton.linear_many_choices import (
-    LARGEST_TILE,
     PAIR_REGISTERS,
     Choice,
     Plan,
@@ -39,6 +37,7 @@ from kernels.triton.linear_many_choices import (
 )
 from kernels.triton.linear_many_kernel import KEEP_TILE, linear_many_kernel
 from kernels.triton.operands import matrix
+from kernels.triton.workspace import nowhere, processors, workspace
 
 __all__ = ["Choice", "Plan", "candidates", "compilations", "default", "linear", "plan", "unsupported"]
 
@@ -76,15 +75,16 @@ def linear(
     y = torch.empty(*x.codes.shape[:-1], outputs, dtype=dtype, device=device)
     if rows == 0:
         return y
-    processors = _processors(device)
+    available = processors(device)
     if choice is None:
-        first = default(rows, outputs, inputs, processors)
+        first = default(rows, outputs, inputs, available)
         choice = tuning.lookup("linear_many", device, rows, outputs, inputs, first)
     if not choice.fits():
         raise ValueError(f"no kernel can be built with {choice}")
-    dealt = plan(rows, outputs, inputs, choice, processors)
+    dealt = plan(rows, outputs, inputs, choice, available)
     with torch.cuda.device(device):
-        partials, arrivals = _workspace(device, dealt)
+        # Tiles that no programs share leave nothing behind.
+        partials, arrivals = (nowhere if dealt.sharers == dealt.rest else workspace)(device)
         linear_many_kernel[(dealt.programs,)](
             *_arguments(
                 *(codes, x.scale, w, y, x_keep, w_keep, row_scale, bias),
@@ -226,49 +226,3 @@ def _no_gpu(x: Tensor) -> str | None:
         return f"tensors on {x.device}"
     major, minor = torch.cuda.get_device_capability(x.device)
     return None if (major, minor) == (9, 0) else f"a GPU of compute capability {major}.{minor}, not 9.0"
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-# Partial sums and counters of arrivals, by device, stream, and whether calls on it are captured in a graph;
-# and one a device that the next captured stream will get.
-_workspaces: dict[tuple[int | None, int, bool], tuple[Tensor, Tensor]] = {}
-_spares: dict[int | None, tuple[Tensor, Tensor]] = {}
-
-
-def _workspace(device: torch.device, dealt: Plan) -> tuple[Tensor, Tensor]:
-    """Room for the partial sums of split tiles, and counters, which are 0 before and after every launch.
-
-    Kept for each stream, since two streams may run at once, branches of a graph among them, and as large as
-    any choice needs it (35 MB on 132 multiprocessors): a graph goes on using the one it was captured with.
-    Graphs that were captured on one stream share it, and are to be replayed one after another.
-    """
-    if dealt.sharers == dealt.rest:
-        return _nowhere(device)
-    captured = torch.cuda.is_current_stream_capturing()
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream, captured)
-    if key not in _workspaces:
-        if captured and device.index not in _spares:
-            return _new_workspace(device)  # the graph zeroes it at every replay
-        _workspaces[key] = _spares.pop(device.index) if captured else _new_workspace(device)
-    if not captured and device.index not in _spares:
-        _spares[device.index] = _new_workspace(device)
-    return _workspaces[key]
-
-
-def _new_workspace(device: torch.device) -> tuple[Tensor, Tensor]:
-    most = 2 * _processors(device)
-    return (
-        torch.empty(most * LARGEST_TILE, dtype=torch.int32, device=device),
-        torch.zeros(most, dtype=torch.int32, device=device),
-    )
-
-
-@functools.cache
-def _nowhere(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Arguments for a launch that splits no tile."""
-    nothing = torch.empty(1, dtype=torch.int32, device=device)
-    return nothing, nothing

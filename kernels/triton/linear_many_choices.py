@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 MAX_SHARED = 227 * 1024
-LARGEST_TILE = 256 * 128
 # What remains of shared memory for barriers and the exchange of scalars.
 _RESERVE = 1536
 # A program does at least this many steps of a split tile.
@@ -146,10 +145,12 @@ def default(rows: int, outputs: int, inputs: int, processors: int = 132) -> Choi
     """The choice where none has been measured: large tiles, and small ones for few rows, split where they
     would leave most processors without work or have many inputs."""
     if rows <= 64:
+        if processors // 2 < -(-outputs // 256) <= processors:
+            return deepest(256, 64, False, 8)
         if -(-outputs // 64) > processors:
             return deepest(128, 64, False, 8)
         if inputs <= 6144 and 3 * -(-outputs // 64) > processors:
-            return Choice(64, 64, 64, 6, pair=True, prefetch=True)
+            return Choice(64, 64, 128, 6, prefetch=True)
         return deepest(128, 64, True, 8)
     tiles = -(-rows // 128) * -(-outputs // 256)
     if 2 * tiles < processors:

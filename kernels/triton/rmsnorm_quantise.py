@@ -242,7 +242,8 @@ def _launch(
                 m, n, keep, rows.stride(0), added.stride(0), *numbers, eps, float(divisor or n), **quantiser,
                 QUANTISE=quantised, ADD=add is not None,
                 GAIN=0 if gain is None else 1 if gain.numel() == 1 else 2,
-                EARLY=early, ROW_SCALE=row_scale is not None, KEEP=keep > 0, BLOCK=block, OVERLAPPED=overlapped,
+                EARLY=early, ROW_SCALE=row_scale is not None, KEEP=keep > 0, BLOCK=block,
+                OVERLAPPED=overlapped,
                 num_warps=warps(block, choice.elements if m > FEW else choice.few),
                 enable_fp_fusion=False, launch_pdl=overlapped,
             )  # fmt: skip

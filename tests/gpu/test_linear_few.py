@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -153,7 +155,7 @@ def test_a_chain_of_early_launches_sees_what_came_before() -> None:
 
     def chain(at_rest: bool) -> Tensor:
         codes, scale = x.codes.cuda(), torch.ones(1, 1, device="cuda")
-        for _ in range(12):
+        for _ in range(10):
             y = few().linear(
                 Quantised(codes, scale, None, None, 8), w, dtype=torch.float32, weights_at_rest=at_rest
             )
@@ -222,6 +224,105 @@ def test_every_choice_of_the_16_bit_linear(m: int, n: int, k: int) -> None:
         for choice in a16().candidates(m, n, k):
             y = a16().linear(x.cuda(), cuda_w(w), dtype=torch.bfloat16, choice=choice)
             assert_close(y, x, values, torch.bfloat16)
+
+
+HELD_SHAPES = (
+    *((1, 300, 4096, 128), (5, 129, 1024, 128), (16, 192, 14336, 128), (9, 4100, 1536, 64)),
+    *((16, 33, 576, 576), (13, 7, 96, 96), (8, 40, 14336, 14336), (16, 2200, 4096, 256)),
+)
+
+
+def held(rows: int) -> list[Any]:
+    """Every choice that holds x in registers, of any shape."""
+    found = [c for k in (4096, 14336) for c in a16().candidates(rows, 4096, k) if c.held]
+    # Also few warps, one block ahead, and slices of a few bytes, of which even short rows have several.
+    Choice = a16().Choice
+    found += [Choice(warps=4, ahead=1, registers=128, piece=64, held=1), Choice(warps=4, ahead=3, held=2)]
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_every_choice_that_holds_x(number: int) -> None:
+    """Each at some of the shapes, so that every choice and every shape has its turns."""
+    for turn in range(3):
+        m, n, k, group = HELD_SHAPES[(number + 3 * turn) % len(HELD_SHAPES)]
+        if number >= len(held(m)):
+            continue
+        choice = held(m)[number]
+        zeros = ("none", "fractional")[(number + turn) % 2]
+        x, w, values = floats(m, n, k, group, zeros, torch.bfloat16)
+        x_gpu, w_gpu = x.cuda(), cuda_w(w)
+        y = a16().linear(x_gpu, w_gpu, dtype=torch.float32, choice=choice, weights_at_rest=True)
+        assert_close(y, x, values, torch.float32)
+        for _ in range(3):  # with the counters that the first one left
+            again = a16().linear(x_gpu, w_gpu, dtype=torch.float32, choice=choice, weights_at_rest=True)
+            assert torch.equal(y, again), choice
+
+
+def test_no_choice_that_holds_x_is_left_out() -> None:
+    assert max(len(held(rows)) for rows in (8, 16)) <= 10
+
+
+@pytest.mark.parametrize(("n", "k", "group"), [(100, 512, 128), (112, 14336, 128), (100, 4096, 4096)])
+def test_held_float16_bias_row_scale_and_bad_rows(n: int, k: int, group: int) -> None:
+    x, w, values = floats(6, n, k, group, "whole", torch.float16)
+    bias, row_scale = torch.randn(n).half(), torch.rand(6, 1) + 0.5
+    x_bad = x.clone()
+    x_bad[2, 5], x_bad[4, k - 7] = float("nan"), float("inf")
+    want = (x.double() @ values.T + bias.double()) * row_scale.double()
+    size = (x.double().abs() @ values.abs().T + bias.double().abs()) * row_scale.double()
+    for choice in held(6)[::5]:
+        others = {"bias": bias.cuda(), "row_scale": row_scale.cuda(), "choice": choice}
+        y = a16().linear(x.cuda(), cuda_w(w), dtype=torch.float32, **others)
+        assert bool(((y.cpu().double() - want).abs() <= 2e-5 * size + 1e-6 * want.abs()).all()), choice
+        bad = a16().linear(x_bad.cuda(), cuda_w(w), dtype=torch.float32, **others)
+        assert not bool(bad[2].isfinite().any()) and not bool(bad[4].isfinite().any())
+        rest = [0, 1, 3, 5]
+        assert torch.equal(bad[rest], y[rest]), choice
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_held_codes_stand_where_they_belong(dtype: torch.dtype) -> None:
+    """One input at a time, over all of K: each code stands alone in the result."""
+    k = 1152
+    codes = (torch.arange(33)[:, None] * 5 + torch.arange(k) * 3 + torch.arange(k) // 16) % 16 - 8
+    w = cuda_w(pack_weight(codes.to(torch.int8), torch.ones(33, 1), None, 4))
+    for choice in held(16)[::4]:
+        for first in range(0, k, 16):
+            x = torch.zeros(16, k, dtype=dtype)
+            x[range(16), range(first, first + 16)] = 1
+            y = a16().linear(x.cuda(), w, dtype=torch.float32, choice=choice).cpu()
+            assert torch.equal(y, codes.T[first : first + 16].float()), (choice, first)
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_held_in_graphs_and_chains(number: int) -> None:
+    """Replayed many times, the counters of arrivals and the partial sums in use again and again, each launch
+    right behind one that makes its inputs."""
+    if number >= len(held(16)):
+        pytest.skip("there is no such choice")
+    choice = held(16)[number]
+    x, w, _ = floats(16, 4096, 4096, 128, "none", torch.bfloat16)
+    x_gpu, w_gpu = (x / 100).cuda(), cuda_w(w)
+
+    def chain(at_rest: bool) -> Tensor:
+        y = x_gpu
+        for _ in range(6):
+            for _ in range(3):
+                y = a16().linear(y, w_gpu, dtype=torch.bfloat16, choice=choice, weights_at_rest=at_rest)
+            y = y / y.float().abs().max().bfloat16()
+        return y
+
+    want = chain(False)
+    assert bool(want.isfinite().all()) and bool(want.abs().max() > 0)
+    assert torch.equal(chain(True), want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain(True)
+    for _ in range(5):
+        found.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(found, want)
 
 
 def test_every_code_of_a_nibble_is_read_as_it_is() -> None:

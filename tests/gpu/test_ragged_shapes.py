@@ -48,11 +48,29 @@ def test_linears(rows: int, outputs: int, inputs: int, keep: int) -> None:
             if not at_rest and not keep:
                 with ops.reference_only():
                     assert torch.equal(y, ops.linear(codes, w, dtype=dtype))
-    if rows <= 64 and not keep:
-        assert bool(ops.linear(x, w, bias=bias, dtype=torch.bfloat16).isfinite().all())
+    if rows > ops.FEW_ROWS or not keep:
+        assert bool(ops.linear(x, w, **kept, bias=bias, dtype=torch.bfloat16).isfinite().all())
     for operation, found in ops.implementations().items():
         others = {name for name in found if not name.startswith("reference (asked for")}
         assert others == {"triton"}, (operation, found)
+
+
+@pytest.mark.parametrize("rows", [1, 9, 16])
+@pytest.mark.parametrize(("outputs", "inputs", "group"), [(1, 32, 32), (129, 608, 608), (2201, 1280, 128)])
+def test_linears_that_hold_their_inputs(rows: int, outputs: int, inputs: int, group: int) -> None:
+    from kernels.triton import linear_a16
+
+    x, weight = random(rows, inputs), random(outputs, inputs)
+    for symmetric in (True, False):
+        q = reference.quantise(weight, 4, symmetric=symmetric, group=group)
+        w = pack_weight(q.codes, q.scale, q.zero, 4)
+        for warps, piece, ahead in ((16, 128, 2), (4, 64, 3)):
+            choice = linear_a16.Choice(warps=warps, ahead=ahead, registers=128, piece=piece, held=1)
+            for at_rest in (False, True):
+                y = linear_a16.linear(
+                    x, w, bias=random(outputs), dtype=torch.bfloat16, choice=choice, weights_at_rest=at_rest
+                )
+                assert bool(y.isfinite().all())
 
 
 @pytest.mark.parametrize("rows", [1, 3, 130])

@@ -1,5 +1,6 @@
-"""The fused quantising kernels as Triton interprets them, beside the reference: a program of its own, because
-a process either compiles or interprets. tests/kernels/test_triton_fused.py runs it with TRITON_INTERPRET=1.
+"""The fused quantising kernels, and the one that dequantises weights, as Triton interprets them, beside the
+reference: a program of its own, because a process either compiles or interprets.
+tests/kernels/test_triton_fused.py runs it with TRITON_INTERPRET=1.
 """
 
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels import pass_reference, reference
-from kernels.reference import Quantised
+from kernels.reference import PackedWeight, Quantised, pack_weight
+from kernels.triton import dequantise as dequantise_module
 from kernels.triton import gated as gated_module
 from kernels.triton import hadamard_quantise as hadamard_module
 from kernels.triton import quantise as quantise_module
@@ -300,6 +302,38 @@ def kept_blocks_stay_alone(dtype: torch.dtype) -> None:
             assert same_codes(q, clean[1]), (dtype, n, size, inner)
 
 
+def weights() -> Iterator[PackedWeight]:
+    """All codes; groups up to whole rows; zero-points; scales that overflow and that vanish."""
+    g = torch.Generator().manual_seed(5)
+    for n, k, group in ((3, 32, 32), (5, 96, 16), (33, 64, 64), (7, 576, 64), (9, 1056, 1056), (4, 512, 128)):
+        scale = torch.exp(4 * torch.randn(n, k // group, generator=g))
+        scale[0, 0], scale[1, -1], scale[2, 0] = 6e4, 1e-41, float("nan")
+        signed = torch.randint(-8, 8, (n, k), generator=g, dtype=torch.int8)
+        yield pack_weight(signed, scale, None, 4)
+        for zero in (torch.randn(scale.shape, generator=g) * 8, torch.full_like(scale, 8.0)):
+            yield pack_weight((signed + 8).to(torch.uint8), scale, zero, 4)
+
+
+def interpret_dequantise() -> None:
+    for w in weights():
+        for dtype in (torch.bfloat16, torch.float16):
+            want = reference.dequantise_weight(w, dtype)
+            for packed in (16, 4096):
+                choice = dequantise_module.Choice(packed=packed)
+                found = dequantise_module.dequantise(w, dtype, choice=choice)
+                assert same(found, want), (w.packed.shape, w.group, w.signed, dtype)
+            x = random(35, w.inputs, dtype=dtype)
+            others: dict[str, Any] = {
+                "bias": random(len(want), dtype=dtype),
+                "row_scale": random(35, 1).abs(),
+                "x_keep": random(35, 3, dtype=dtype),
+                "w_keep": random(len(want), 3, dtype=dtype),
+            }
+            for keywords in ({}, others):
+                y = dequantise_module.linear(x, w, dtype=torch.float32, **keywords)
+                assert same(y, reference.linear(x, w, dtype=torch.float32, **keywords))
+
+
 if __name__ == "__main__":
     complete_the_interpreter()
     interpret_quantise()
@@ -310,3 +344,5 @@ if __name__ == "__main__":
     print("gated")
     interpret_hadamard()
     print("hadamard")
+    interpret_dequantise()
+    print("dequantise")

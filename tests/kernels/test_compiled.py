@@ -94,6 +94,7 @@ SPILLED = {
     "linear_a16 16x4096x4096": 8,
     "linear_a16 16x4096x14336": 184,
     "linear_few 1x4096x14336": 16,
+    "linear_few 4x4096x14336": 16,
 }
 """Bytes of a thread that choices spill which are the fastest in spite of that. Others have none to lose."""
 

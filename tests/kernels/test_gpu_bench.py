@@ -38,6 +38,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "linear_few": {"linear": at_rest_too(reference.linear)},
         "linear_many": {"linear": at_rest_too(reference.linear)},
         "linear_a16": {"linear": at_rest_too(reference.linear)},
+        "dequantise": {"linear": at_rest_too(reference.linear)},
         "rmsnorm_quantise": {
             "rmsnorm_quantise": chosen_too(pass_reference.rmsnorm_quantise),
             "rmsnorm": chosen_too(pass_reference.rmsnorm),

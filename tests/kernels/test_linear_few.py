@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from kernels import compiled
 from kernels.reference import PackedWeight, Quantised, pack_weight, quantise
 
 pytest.importorskip("triton", reason="needs triton")
 
+from kernels.sass import parse_sass
 from kernels.triton import linear_a16, linear_few
 from kernels.triton.few_rows import tokens
 
@@ -112,6 +116,58 @@ def test_candidates_are_as_many_as_can_be_tried_and_fit(rows: int, inputs: int) 
         assert len(choices) <= 24 and len(set(choices)) == len(choices)
         for choice in choices:
             pieces = -(-inputs // 2 // (getattr(choice, "piece", 64) * choice.warps))
-            assert 1 <= choice.ahead <= pieces and 1 <= choice.x_ahead <= pieces
+            if held := getattr(choice, "held", 0):
+                assert 1 <= held <= pieces and rows <= module.MOST_TOKENS and choice.ahead >= 1
+            else:
+                assert 1 <= choice.ahead <= pieces and 1 <= choice.x_ahead <= pieces
             shared = 4 * choice.warps * choice.outputs * tokens(rows, module.MOST_TOKENS)
             assert shared <= 227 * 1024
+
+
+HELD = linear_a16.Choice(warps=16, ahead=2, registers=128, held=1)
+
+
+def test_x_is_held_for_few_rows_whose_partial_sums_find_room() -> None:
+    fitted = linear_a16._fitted
+    assert fitted(HELD, 16, 4096, 4096, 128) == HELD
+    assert fitted(HELD, 16, 4096, 14336, 128) == HELD
+    assert fitted(replace(HELD, held=9), 1, 4096, 4096, 128).held == 1  # there is no second piece
+    assert fitted(HELD, 16, 512, 512, 64).piece == 64
+    assert fitted(HELD, 17, 4096, 4096, 128).held == 0
+    assert fitted(HELD, 16, 10**6, 4096, 128).held == 1  # no partial sums at all
+    streamed = fitted(HELD, 16, 10**6, 14336, 128)
+    assert streamed.held == 0 and 1 <= streamed.ahead <= 4
+
+
+@pytest.mark.parametrize("processors", [1, 7, 132])
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(1, 32), (300, 576), (4096, 4096), (28672, 4096), (4096, 14336)]
+)
+def test_programs_that_hold_x_share_all_blocks(outputs: int, inputs: int, processors: int) -> None:
+    for choice in linear_a16.candidates(16, 4096, 4096):
+        if not choice.held:
+            continue
+        slices, teams = linear_a16._dealt(choice, outputs, inputs, processors)
+        assert (slices - 1) * choice.warps * choice.piece * choice.held < inputs // 2
+        assert slices * choice.warps * choice.piece * choice.held >= inputs // 2
+        assert 1 <= teams <= -(-outputs // 16)
+        resident = 65536 // (choice.warps * 32 * choice.registers)
+        assert teams == 1 or slices * teams <= resident * processors
+        assert slices == 1 or teams <= 2 * processors  # a counter each
+
+
+@pytest.mark.parametrize("inputs", [4096, 14336])
+def test_the_next_blocks_are_on_their_way_while_one_is_multiplied(inputs: int) -> None:
+    """In the machine code's loop, each block's products come before the loads that take its registers, and
+    those before the next block's products."""
+    made = compiled._compile(linear_a16.compilation("held", 16, 4096, inputs, HELD, group=128))
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(made.asm["cubin"])
+        code = parse_sass(compiled._tool("nvdisasm", "-c", str(binary)))
+    kinds = {"HMMA.16816.F32.BF16": "p", "LDG.E.128.STRONG.GPU": "w", "ACQBULK": "|", "BAR.SYNC": "b"}
+    found = (kind for line in code for name, kind in kinds.items() if line.name.startswith(name))
+    first, rest = "".join(found).split("|")
+    assert first == 2 * "wwww"
+    assert rest.startswith(2 * (32 * "p" + "wwww" + "bb"))
+    assert rest.count("w") == 8 and rest.count("p") == 64

@@ -57,6 +57,10 @@ def test_answers_are_complete(answers: dict[str, tuple[Answer, Answer]]) -> None
         (f"linear: w4a8, {ops.FEW_ROWS + 1} rows", "triton (linear_many)"),
         (f"linear: w4a4, {ops.FEW_ROWS + 1} rows, 64 kept bfloat16 channels", "triton (linear_many)"),
         ("linear: w4a16, 1 row of bfloat16, groups of 128", "triton (linear_a16)"),
+        (f"linear: w4a16, {ops.FEW_ROWS} rows of bfloat16, groups of 128", "triton (linear_a16)"),
+        (f"linear: w4a16, {ops.FEW_ROWS + 1} rows of bfloat16, groups of 128", "triton (dequantise)"),
+        ("linear: w4a16, 1024 rows, groups of 64 with zero-points", "triton (dequantise)"),
+        ("linear: w4a16, 1024 rows, 64 kept channels", "triton (dequantise)"),
         ("linear: w4a8, 1 row, K = 100", "reference: K = 100 is no multiple of 32"),
         ("linear: w3a8, 1 row", "reference: 3-bit weights"),
         (
@@ -80,7 +84,8 @@ def test_what_is_promised_is_there(answers: dict[str, tuple[Answer, Answer]], ca
 
 
 def test_many_rows_of_floats_name_their_reason(answers: dict[str, tuple[Answer, Answer]]) -> None:
-    assert "1024 rows" in answers["linear: w4a16, 1024 rows"][1].reason
+    assert "groups of 8" in answers["linear: w4a16, 1024 rows, groups of 8"][1].reason
+    assert "float32" in answers["linear: w4a16, 1024 rows of float32"][1].reason
 
 
 def test_an_unknown_operand_is_not_answered_for() -> None:

@@ -277,4 +277,4 @@ def test_interpreted_kernels_equal_the_reference() -> None:
         cwd=root,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == ["quantise", "rmsnorm", "gated", "hadamard"]
+    assert done.stdout.split() == ["quantise", "rmsnorm", "gated", "hadamard", "dequantise"]
