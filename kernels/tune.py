@@ -37,6 +37,8 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 MOST_LAUNCHES = 16
 FIRST, FINAL, FINALISTS = 3, 9, 4
 """Replays of every candidate, and of the best few when they are timed again in turns."""
+AT_REST = 64
+"""Rows up to which launches say that weights are at rest, as those of a decoding graph do."""
 A16_GROUP = 128
 WARMING = 1.0
 """Seconds of matrix products before the first timing: a GPU that has waited for compilers clocks low."""
@@ -46,18 +48,16 @@ STALLED = 45.0
 
 @dataclass(frozen=True)
 class Operation:
-    """How a linear's file is tuned: the rows it is meant for, whether it takes floating-point inputs, and
-    whether its launches say that weights are at rest, as those of a decoding graph do."""
+    """How a linear's file is tuned: the rows it is meant for, and whether it takes floating-point inputs."""
 
     rows: tuple[int, ...]
     floating: bool = False
-    at_rest: bool = False
 
 
 OPERATIONS = {
-    "linear_few": Operation(tuple(rows for rows in ROWS if rows <= 32), at_rest=True),
-    "linear_many": Operation(tuple(rows for rows in ROWS if rows >= 16), at_rest=True),
-    "linear_a16": Operation(tuple(rows for rows in ROWS if rows <= 64), floating=True, at_rest=True),
+    "linear_few": Operation(tuple(rows for rows in ROWS if rows <= 32)),
+    "linear_many": Operation(tuple(rows for rows in ROWS if rows >= 16)),
+    "linear_a16": Operation(tuple(rows for rows in ROWS if rows <= 64), floating=True),
 }
 
 
@@ -111,8 +111,10 @@ def operands(operation: str, rows: int, outputs: int, inputs: int) -> tuple[Tens
 
 
 def launch(operation: str, x: Tensor | Quantised, w: PackedWeight, choice: Any) -> Tensor:
-    at_rest = {"weights_at_rest": True} if OPERATIONS[operation].at_rest else {}
-    y: Tensor = _module(operation).linear(x, w, dtype=torch.bfloat16, choice=choice, **at_rest)
+    rows = (x if isinstance(x, Tensor) else x.codes).shape[0]
+    y: Tensor = _module(operation).linear(
+        x, w, dtype=torch.bfloat16, choice=choice, weights_at_rest=rows <= AT_REST
+    )
     return y
 
 

@@ -21,7 +21,7 @@ class Choice:
 
     block_outputs (64, 128, 256) and block_tokens (64, 128): the tile of y.
     block_bytes (64, 128): packed bytes of a weight's row in a stage, twice as many inputs.
-    stages: of the ring; an even number for 64 outputs.
+    stages: of the ring, at least 2; for 64 outputs an even number from 4.
     split: share the last round's tiles among all programs, or among `ways` each where that is not 0.
     group: tiles along the outputs that run side by side, for the cache.
     pair: take at most half of a multiprocessor's registers, so that, if the ring is short too, the next
@@ -52,7 +52,8 @@ class Choice:
             self.block_outputs in (64, 128, 256)
             and self.block_tokens in (64, 128)
             and self.block_bytes in (64, 128)
-            and self.stages >= 2
+            # Two steps of a group of warps are in flight at once, and 64 outputs have two groups.
+            and self.stages >= (4 if self.block_outputs == 64 else 2)
             and (self.stages % 2 == 0 or self.block_outputs != 64)
             and (not self.pair or (self.block_outputs < 256 and self.block_tokens == self.block_bytes == 64))
             and self.ways >= 0

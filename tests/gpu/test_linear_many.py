@@ -114,7 +114,7 @@ def test_every_choice_gives_the_same_bits(shape: tuple[int, int, int], share: in
     choices = [*linear_many.candidates(*shape), linear_many.default(*shape, processors)]
     choices += [
         replace(choices[0], block_bytes=128, stages=2, block_outputs=128, prefetch=True),
-        replace(choices[0], stages=2),
+        replace(choices[0], stages=4),
     ]
     tried = dict.fromkeys(replace(choice, split=split) for choice in choices for split in (False, True))
     for choice in list(tried)[share::SHARES]:

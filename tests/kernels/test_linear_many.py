@@ -120,6 +120,7 @@ def test_choices_fit(shape: tuple[int, int, int]) -> None:
     [
         {"block_outputs": 32},
         {"block_outputs": 64, "stages": 3},
+        {"block_outputs": 64, "stages": 2},
         {"block_outputs": 256, "block_tokens": 64, "pair": True},
         {"block_outputs": 128, "pair": True},
         {"ways": -1},
