@@ -180,7 +180,7 @@ def _unsupported_rows(rows: Rows, query: Tensor) -> str | None:
 
 def default(bits: int, width: int) -> Choice:
     """As many bytes on their way as registers hold, whatever a row takes."""
-    return Choice(positions=16 if bits * width >= 1024 else 32)
+    return Choice(positions=16 if bits == 16 else 32)
 
 
 def splits_of(length: int, pairs: int, choice: Choice, multiprocessors: int) -> int:

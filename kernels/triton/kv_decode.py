@@ -227,11 +227,15 @@ def attend(
     k_next = gl.load(key_base + k_at * key_row + k_word, mask=k_at < stop, other=0)
     v_next = gl.load(value_base + v_at * value_row + v_word, mask=v_at < stop, other=0)
     if BITS < 16:
-        k_scale = gl.load(key_scale + number + r_at, mask=_near(r_at, stop, RUN, ALIGNED), other=0)
+        near = _near(r_at, stop, RUN, ALIGNED)
+        k_scale = gl.load(key_scale + number + r_at, mask=near, other=0)
+        v_scale = gl.load(value_scale + number + r_at, mask=near, other=0)
         if not SYMMETRIC and not STATIC:
-            k_zero = gl.load(key_zero + number + r_at, mask=_near(r_at, stop, RUN, ALIGNED), other=0)
+            k_zero = gl.load(key_zero + number + r_at, mask=near, other=0)
+            v_zero = gl.load(value_zero + number + r_at, mask=near, other=0)
         else:
             k_zero = k_scale
+            v_zero = v_scale
 
     largest = gl.full([WARPS, Q], float("-inf"), gl.float32, layout=gl.SliceLayout(2, product))
     total = gl.zeros([WARPS, Q], gl.float32, layout=gl.SliceLayout(2, product))
@@ -242,14 +246,6 @@ def attend(
         found = (nothing, nothing)
     for step in range(steps):
         ahead = (step + 1) * (WARPS * N)
-        if BITS < 16:
-            at = r_at + step * (WARPS * N)
-            near = _near(at, stop, RUN, ALIGNED)
-            v_scale = gl.load(value_scale + number + at, mask=near, other=0)
-            if not SYMMETRIC and not STATIC:
-                v_zero = gl.load(value_zero + number + at, mask=near, other=0)
-            else:
-                v_zero = v_scale
         scores = gl.zeros([WARPS, Q, N], gl.float32, layout=product)
         keys_now = right_keys(k_next, CHUNK, BITS, dtype, right)
         for half in gl.static_range(HALVES):
@@ -291,6 +287,13 @@ def attend(
                 rounded = rounded + widen(terms[1])  # type: ignore[misc]
             middle = _zero(_columns(v_zero, product), v_middle, MIDDLE, SYMMETRIC, STATIC)
             offset = offset * shrink + gl.sum(rounded * middle, axis=2)
+        if BITS < 16:
+            near = _near(r_at + ahead, stop, RUN, ALIGNED)
+            v_scale = gl.load(value_scale + number + r_at + ahead, mask=near, other=0)
+            if not SYMMETRIC and not STATIC:
+                v_zero = gl.load(value_zero + number + r_at + ahead, mask=near, other=0)
+            else:
+                v_zero = v_scale
         values_now = right_values(v_next, SPAN, BITS, P_TYPE, right)
         sums = ()
         for half in gl.static_range(HALVES):
