@@ -15,7 +15,10 @@ OPERATIONS: tuple[tuple[str, str], ...] = (
     ("RMSNorm and quantiser", r"^_rmsnorm"),
     ("Hadamard transform and quantiser", r"^_hadamard"),
     ("gated product, quantiser", r"^_quantise|^_gated"),
-    ("linears of 4-bit weights", r"^_kernel|^_kept|linear_many"),
+    (
+        "linears of 4-bit weights",
+        r"^_kernel|^_kept|linear_many|^held_kernel|^streamed_kernel|^dequantise_weight",
+    ),
     ("products in 16 bits", r"gemm|gemv|cutlass|nvjet|xmma|cublas|splitkreduce"),
     ("copies", r"memcpy|memset|copy_kernel|catarray"),
     ("look-ups", r"embedding|index_?select|gather"),

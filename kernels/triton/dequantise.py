@@ -77,7 +77,7 @@ def dequantise(w: PackedWeight, dtype: torch.dtype, *, choice: Choice | None = N
     constants = _constants(w.inputs, w.group, w.signed, choice)
     grid = (triton.cdiv(half, constants["PIECE"]), triton.cdiv(n, constants["ROWS"]))
     with torch.cuda.device_of(weight):
-        _dequantise[grid](
+        dequantise_weight[grid](
             w.packed,
             w.scale,
             w.zero,
@@ -153,11 +153,11 @@ def _compilation(name: str, inputs: int, group: int, zero: bool, kind: str) -> C
     constants |= _constants(inputs, group, not zero, Choice())
     return Compilation(
         name,
-        _dequantise,
+        dequantise_weight,
         signature,
         constants,
         {"num_warps": Choice().warps},
-        attrs=divisible(_dequantise, signature),
+        attrs=divisible(dequantise_weight, signature),
         expect=("LDG.E.128", "STG.E.128"),
     )
 
@@ -193,7 +193,7 @@ def _values(codes, pointer, zero, group, inside, row, stride, to):  # type: igno
 
 
 @triton.jit(do_not_specialize=("outputs", "stride"))
-def _dequantise(  # type: ignore[no-untyped-def]
+def dequantise_weight(  # type: ignore[no-untyped-def]
     packed, scale, zero, weight, outputs, stride, HALF: tl.constexpr, GROUP: tl.constexpr,
     OFFSET: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip

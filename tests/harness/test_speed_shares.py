@@ -37,6 +37,14 @@ def test_kernels_belong_to_operations(name: str) -> None:
     assert operation_of(name) == NAMES[name]
 
 
+def test_every_kernel_of_the_project_belongs_to_one() -> None:
+    pytest.importorskip("triton")
+    from kernels.compiled import compilations
+
+    names = {made.kernel.__name__ for made in compilations().values()}
+    assert {name for name in names if operation_of(name) == OTHER} == set()
+
+
 def test_operations_have_names_of_their_own() -> None:
     assert len({name for name, _ in OPERATIONS} | {OTHER}) == len(OPERATIONS) + 1
     assert all(re.compile(pattern) for _, pattern in OPERATIONS)
