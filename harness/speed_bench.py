@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,10 +150,7 @@ class Bench:
             try:
                 timer = decode_timings if phase == "decode" else prefill_timings
                 timings |= timer(passes, self.turns, self.device)
-                for label, one in passes.items():
-                    seconds = self.energy if energy else 0.0
-                    used = joules(one, timings[label].median, seconds, self.meter, self.device)
-                    facts[label] = one.peak, one.eager, used
+                facts |= self._facts(passes, timings, self.energy if energy else 0.0)
             except torch.OutOfMemoryError as error:
                 reasons |= {form.label: _out_of_memory(error) for form in members}
                 for form in members:
@@ -186,6 +183,20 @@ class Bench:
             )
         return rows
 
+    def _facts(
+        self, passes: Mapping[str, Pass], timings: Mapping[str, Timing], seconds: float
+    ) -> dict[str, tuple[int | None, str | None, float | None]]:
+        """Peak, why there was no graph, and energy, by label. A function of its own, so that no name of the
+        caller holds on to a pass, and with it to a cache, beyond `released`."""
+        return {
+            label: (
+                one.peak,
+                one.eager,
+                joules(one, timings[label].median, seconds, self.meter, self.device),
+            )
+            for label, one in passes.items()
+        }
+
     def shares(self, forms: Sequence[Form], phase: str, batch: int, context: int) -> list[Shares]:
         """Where the time of each form goes, one form after another."""
         reasons = self._refused(forms, phase, batch, context)
@@ -201,6 +212,7 @@ class Bench:
                         shares = profiled(one.play, one.calls, self.device)
                     except Exception as error:  # noqa: BLE001 - times stand without them
                         reasons[form.label] = f"not known: {' '.join(str(error).split())[:300]}"
+                    del one  # `released` is to end it
                 released(passes, self.device)
             found.append(Shares(*about, tuple(shares), reasons.get(form.label)))
         return found

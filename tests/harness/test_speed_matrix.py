@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from harness import speed, speed_bench, speed_matrix, speed_passes, speed_report
 from harness.power import COUNTER, Meter
 from harness.speed_bench import Bench
 from harness.speed_matrix import Options, units
-from harness.speed_passes import capacity, decode_pass, groups
+from harness.speed_passes import Pass, capacity, decode_pass, groups
 from harness.speed_targets import Target, judge
 from kernels.timing import Limits
 from methods.decoder import Decoder
@@ -204,6 +205,32 @@ def test_energy_is_that_of_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
         prefill = bench.compare([bench.form("w4a4kv4", "none")], "prefill", 2, 8)
     assert decode[0].joules_per_token == 48 / (speed_passes.STEPS * 2)
     assert prefill[0].joules_per_token == 48 / 16
+
+
+@pytest.mark.parametrize("phase", speed_bench.PHASES)
+def test_a_pass_is_gone_before_the_next_group_of_forms_is_made(
+    monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    """Its cache would take the room that the next one was found to have."""
+    made: list[weakref.ref[Pass]] = []
+    before: list[int] = []
+    make = getattr(speed_bench, f"{phase}_pass")
+
+    def counting(*arguments: Any) -> Pass:
+        before.append(sum(one() is not None for one in made))
+        found: Pass = make(*arguments)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(speed_bench, f"{phase}_pass", counting)
+    monkeypatch.setattr(Bench, "_groups", lambda self, forms, *_: [[form] for form in forms])
+    limits = Limits(1e9, {torch.bfloat16: 1e9, torch.int8: 1e9})
+    bench = Bench("small", SMALL, torch.device("cpu"), limits, None, 2, 100.0, 0.0)
+    forms = [bench.form(name, "none") for name in ("bf16", "w4a4kv4")]
+    with torch.no_grad():
+        bench.compare(forms, phase, 2, 8)
+        bench.shares(forms, phase, 2, 8)
+    assert before == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("context", [1, 8, 1024, 32768])
