@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,3 +98,37 @@ def test_the_speeds_of_kernels_in_the_readme_are_those_on_record(root: Path) -> 
         for count, cell in zip(counts, cells, strict=True):
             reached = speeds.get((name, count))
             assert cell == (f"{min(reached):.2f} to {max(reached):.2f}" if reached else "-"), (name, count)
+
+
+def test_the_speeds_of_decoders_in_the_readme_are_those_on_record(root: Path) -> None:
+    record = json.loads((root / "results" / "reference" / "speed-h100.json").read_text())
+    readme = " ".join((root / "README.md").read_text().split())
+
+    def row(
+        form: str, phase: str, batch: int, context: int, part: str = "results", online: str = "none"
+    ) -> Any:
+        return next(
+            row
+            for row in record[part]
+            if (row["form"], row["phase"], row["batch"], row["context"], row["online"])
+            == (form, phase, batch, context, online)
+        )
+
+    def milliseconds(row: Any) -> float:
+        return statistics.median(row["seconds"]) * 1e3
+
+    bf16, kv8, kv4 = (row(form, "decode", 1, 1024) for form in ("bf16", "w4a8kv8", "w4a4kv4"))
+    online = [row(form, "decode", 1, 1024, "overhead", "quarot") for form in ("w4a8kv8", "w4a4kv4")]
+    assert (
+        f"takes {milliseconds(bf16):.2f} ms in bf16 ({bf16['of_floor']:.0%} of its floor's rate), "
+        f"{milliseconds(kv8):.2f} ms at w4a8kv8 ({kv8['speed']:.2f} times as fast) and "
+        f"{milliseconds(kv4):.2f} ms at w4a4kv4 ({kv4['speed']:.2f}); with QuaRot's online transforms "
+        f"{milliseconds(online[0]):.2f} and {milliseconds(online[1]):.2f} ms"
+    ).replace("% of", " % of") in readme
+    prefills = [milliseconds(row(form, "prefill", 8, 2048)) for form in ("bf16", "w4a8kv8", "w4a4kv4")]
+    assert "takes {:.0f}, {:.0f} and {:.0f} ms".format(*prefills) in readme
+    short = [milliseconds(row(form, "prefill", 1, 1024)) for form in ("w4a4kv4", "bf16")]
+    assert "({:.0f} against {:.0f} ms)".format(*short) in readme
+    held = [row(form, "decode", 8, 32768) for form in ("w4a4kv4", "bf16")]
+    share = (held[0]["weights"] + held[0]["kv"]) / (held[1]["weights"] + held[1]["kv"])
+    assert f"take {share:.3f} of bf16's bytes" in readme
