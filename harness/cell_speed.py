@@ -1,8 +1,8 @@
 """How fast a cell's model is and what memory it takes, on a small workload of one sequence.
 
-A prefill of some tokens, and decoding behind them one token at a time, as `methods.graphs` runs it: with
-merged projections and, on a GPU, by a CUDA graph. It shows beside accuracy what a method costs on this
-machine; `python -m harness.speed` measures what a decoder can do.
+A prefill of some tokens, and decoding behind them one token at a time, as `methods.graphs` runs it: on a GPU
+by a CUDA graph, with projections merged but for those of simulated weights. It shows beside accuracy what a
+method costs on this machine; `python -m harness.speed` measures what a decoder can do.
 
 Cheap on purpose: on a GPU less than a second beside what is compiled; elsewhere a shorter workload, of which
 nothing is begun again once LEAST_SECONDS have passed, so a model that is slow there is run once.

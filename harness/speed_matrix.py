@@ -221,7 +221,7 @@ def _first(forms: Sequence[Form]) -> list[Form]:
 
 
 def _note(record: dict[str, Any], options: Options, device: torch.device) -> None:
-    record["targets"] = [asdict(verdict) for verdict in judge(record["results"])]
+    record["targets"] = [asdict(verdict) for verdict in judge([*record["results"], *record["overhead"]])]
     record["implementations"] = execution.implementations()
     record["after"] = smi(STATE, device) if device.type == "cuda" else {}
     if options.out is not None:

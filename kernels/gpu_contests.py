@@ -108,7 +108,7 @@ def ours_a16(at_rest: bool = False, tuned: bool = True) -> Callable[[Tensor, int
         weights = _copies(pack_weight(q.codes, q.scale, None, 4), l2)
 
         def call(x: Tensor, number: int) -> Tensor:
-            name = "linear_a16" if x.shape[0] <= ops.FEW_ROWS else "dequantise"
+            name = "linear_a16" if x.shape[0] <= ops.FEW_A16_ROWS else "dequantise"
             choice = None if tuned else tuning.untuned(name, x.shape[0], n, k)
             return kernel(name, "linear")(
                 x, weights[number], dtype=torch.bfloat16, weights_at_rest=at_rest, choice=choice

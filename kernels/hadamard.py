@@ -18,7 +18,7 @@ its inverse is y Hᵀ / √n. Weights are merged with the same functions, never 
 """
 
 import math
-from functools import cache, lru_cache
+from functools import cache
 from itertools import product
 
 import torch
@@ -91,7 +91,7 @@ def hadamard_transform(x: Tensor, block: int | None = None, inverse: bool = Fals
     return y.view(x.shape).to(x.dtype)
 
 
-@lru_cache(maxsize=64)
+@cache  # for good: a captured CUDA graph holds their addresses
 def _factors(b: int, dtype: torch.dtype, device: torch.device, inverse: bool) -> tuple[Tensor, ...]:
     """Matrices whose Kronecker product, slow to fast, is H_b / √b (or its transpose)."""
     k, power = hadamard_factors(b)

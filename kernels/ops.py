@@ -32,7 +32,10 @@ from kernels.pass_reference import Normalised, Normed
 from kernels.reference import PackedWeight, Quantised, Quantiser
 
 FEW_ROWS = 16
-"""Rows of a linear's input up to which reading the weight takes the time."""
+"""Rows of a linear's codes up to which reading the weight takes the time."""
+FEW_A16_ROWS = 64
+"""Rows of a linear's floats up to which reading the 4-bit weight for every 16 of them takes less time than
+writing it in 16 bits."""
 CAPABILITY = 9
 """Major compute capability that the kernels are written for: Hopper."""
 TRITON = ("3.6",)
@@ -117,7 +120,7 @@ def linear(
     keywords["dtype"] = dtype
     reason = _refusal_on(device, "linear", x, w, **keywords)
     if reason is None:
-        kernel = _kernels(linear_kernel(x))
+        kernel = _kernels(linear_kernel(x, x_keep))
         y: Tensor = kernel.linear(x, w, **keywords, weights_at_rest=_at_rest.get())
     else:
         before = integer.routes_taken.copy()
@@ -128,17 +131,16 @@ def linear(
     return y
 
 
-def linear_kernel(x: Tensor | Quantised) -> str:
+def linear_kernel(x: Tensor | Quantised, x_keep: Tensor | None = None) -> str:
     """The file of kernels/triton that is meant for a linear of x.
 
-    Many rows of floating-point inputs meet a dequantised weight in one dense product. For 33 to 64 rows
-    `linear_a16` could run too, but reads x so often that it is the slower one.
+    Many rows of floating-point inputs, or some beside kept channels, meet a dequantised weight in one dense
+    product.
     """
-    given = x if isinstance(x, Tensor) else x.codes
-    few = given.numel() <= FEW_ROWS * given.shape[-1]
     if isinstance(x, Tensor):
+        few = x_keep is None and x.numel() <= FEW_A16_ROWS * x.shape[-1]
         return "linear_a16" if few else "dequantise"
-    return "linear_few" if few else "linear_many"
+    return "linear_few" if x.codes.numel() <= FEW_ROWS * x.codes.shape[-1] else "linear_many"
 
 
 def rmsnorm(
@@ -257,15 +259,15 @@ def _kv_bits(rows: Rows) -> int:
 def refusal(operation: str, *operands: Any, **keywords: Any) -> str | None:
     """Why no kernel can run an operation with these operands on a GPU of capability 9, in a phrase; None
     where one can."""
-    file = kernel_file(operation, *operands)
+    file = kernel_file(operation, *operands, **keywords)
     reason: str | None = _kernels(file).unsupported(*operands, **keywords) if file else "no kernel"
     return reason
 
 
-def kernel_file(operation: str, *operands: Any) -> str | None:
+def kernel_file(operation: str, *operands: Any, **keywords: Any) -> str | None:
     """The file of kernels/triton that is meant for an operation, None where there is none."""
     if operation == "linear":
-        return linear_kernel(operands[0])
+        return linear_kernel(operands[0], keywords.get("x_keep"))
     return _FILES.get(operation)
 
 

@@ -97,7 +97,7 @@ def on_cuda(case: Case) -> Answer:
         operands, keywords = case.build()
         reason = ops.refusal(case.operation, *operands, **keywords)
     if reason is None:
-        return Answer(f"triton ({ops.kernel_file(case.operation, *operands)})")
+        return Answer(f"triton ({ops.kernel_file(case.operation, *operands, **keywords)})")
     cpu = on_cpu(case)
     return Answer("reference", reason) if cpu.implementation else cpu
 
@@ -137,10 +137,10 @@ _LINEARS: dict[str, dict[str, Any]] = {
     "w3a8, 1 row": {"weight_bits": 3},
     "w8a8, 1 row": {"weight_bits": 8},
     "w4a16, 1 row of bfloat16, groups of 128": {"bits": 16, "group": 128},
-    f"w4a16, {ops.FEW_ROWS} rows of bfloat16, groups of 128": {
+    f"w4a16, {ops.FEW_A16_ROWS} rows of bfloat16, groups of 128": {
         "bits": 16,
         "group": 128,
-        "rows": ops.FEW_ROWS,
+        "rows": ops.FEW_A16_ROWS,
     },
     "w4a16, 1 row of float16, groups of 128": {"bits": 16, "group": 128, "x": _F16, "dtype": _F16},
     "w4a16, 1 row of float32": {"bits": 16, "x": _F32, "dtype": _F32},
@@ -150,7 +150,11 @@ _LINEARS: dict[str, dict[str, Any]] = {
     "w4a16, 1 row, one scale an output": {"bits": 16},
     "w4a16, 1 row, groups along axis 0": {"bits": 16, "axis": 0},
     "w4a16, 1 row, 64 kept channels": {"bits": 16, "keep": 64},
-    f"w4a16, {MANY} rows of bfloat16, groups of 128": {"bits": 16, "group": 128, "rows": MANY},
+    f"w4a16, {ops.FEW_A16_ROWS + 1} rows of bfloat16, groups of 128": {
+        "bits": 16,
+        "group": 128,
+        "rows": ops.FEW_A16_ROWS + 1,
+    },
     "w4a16, 1024 rows": {"bits": 16, "group": 128, "rows": 1024},
     "w4a16, 1024 rows, groups of 64 with zero-points": {"bits": 16, "group": 64, "rows": 1024, "zero": True},
     "w4a16, 1024 rows, groups of 8": {"bits": 16, "group": 8, "rows": 1024},

@@ -41,8 +41,16 @@ def generate(
     rows: list[list[int]] = [[] for _ in range(ids.shape[0])]
     if max_new_tokens < 1:
         return rows
+    needed = ids.shape[1] + max_new_tokens - 1
+    if decoding is not None and decoding.decoder is not decoder:
+        raise ValueError("this decoding is of another decoder")
+    if decoding is not None and (decoding.batch != len(rows) or decoding.capacity < needed):
+        raise ValueError(
+            f"{len(rows)} sequences of {needed} positions do not fit a decoding of {decoding.batch} with "
+            f"room for {decoding.capacity}"
+        )
     if decoding is None:
-        decoding = Decoding(decoder, ids.shape[0], ids.shape[1] + max_new_tokens - 1)
+        decoding = Decoding(decoder, len(rows), needed)
     decoding.reset()
     active = [True] * len(rows)
     logits = decoding.prefill(ids, mask)

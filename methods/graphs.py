@@ -9,6 +9,8 @@ with an operation that waits for the host, the same step runs without a graph.
 
 from __future__ import annotations
 
+import functools
+import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +36,8 @@ class Decoding:
             logits = decoding.step(logits.argmax(-1))
 
     Weights and quantisers must stay as they are from the first step on. Raises UserError where the GPU has no
-    memory for the cache. Not for several threads.
+    memory for the cache. Not for several threads, and all of a GPU's on one stream: their graphs share the
+    working memory of kernels.
     """
 
     def __init__(self, decoder: Decoder, batch: int, capacity: int) -> None:
@@ -60,7 +63,7 @@ class Decoding:
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = self._stream = None
         if self.eager is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), _capture_stream(device)
         self.reset()
 
     @property
@@ -112,7 +115,9 @@ class Decoding:
         """Read one token of each sequence, int64 [batch] or [batch, 1]; logits [batch, vocab] of the next.
         On a GPU the next step overwrites them. ValueError where there is no room."""
         self._need_room(1)
-        self.tokens.copy_(tokens.view(self.batch, 1))
+        if tokens.shape not in ((self.batch,), (self.batch, 1)):
+            raise ValueError(f"tokens {tuple(tokens.shape)}: must be one for each of {self.batch} sequences")
+        self.tokens.copy_(tokens.reshape(self.batch, 1))
         if self.eager is None and self._padded not in self._graphs:
             self._capture()
         if self.eager is None:
@@ -187,12 +192,16 @@ class Decoding:
             try:
                 with _waiting_refused():
                     self._pass()
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
-                self.eager = str(error).splitlines()[0]
+                self.eager = _first_line(error)
         torch.cuda.current_stream(device).wait_stream(stream)
         if self.eager is not None:
             return
         graph = torch.cuda.CUDAGraph()
+        collecting = gc.isenabled()
+        gc.disable()  # what is freed while a graph is recorded can break it
         try:
             # Other threads of the process may go on allocating.
             with (
@@ -202,11 +211,26 @@ class Decoding:
             ):
                 logits = self._pass()
                 self._clock.add_(1)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # the same step runs without a graph
             torch.cuda.synchronize(device)
-            self.eager = str(error).splitlines()[0]
+            self.eager = _first_line(error)
             return
+        finally:
+            if collecting:
+                gc.enable()
         self._graphs[self._padded] = (graph, logits)
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all decodings of a GPU: kernels keep working memory for each stream they are captured on."""
+    return torch.cuda.Stream(device)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def kernel_seconds(decoding: Decoding, steps: int = 4) -> dict[str, float]:

@@ -3,8 +3,8 @@ one dense product (cuBLAS).
 
 The dequantised weight is that of the reference to the bit: (code - zero) * scale in float32, rounded to x's
 dtype once. It is written at every call, to 2 N K bytes that PyTorch's caching allocator lends for as long as
-the call takes: 235 MB for Llama-3-8B's gate_up. With thousands of rows that costs little beside the product;
-with fewer rows than a hundred it costs more, yet less than a kernel without `wgmma` would.
+the call takes: 235 MB for Llama-3-8B's gate_up. With thousands of rows that costs little beside the product,
+with a hundred as much and more.
 """
 
 import math

@@ -274,6 +274,8 @@ def unsupported(
             return reason
     if isinstance(start, Tensor) and (start.dtype != torch.int64 or start.dim()):
         return f"a start in {start.dtype} {list(start.shape)}"
+    if isinstance(start, Tensor) and start.device != query.device:
+        return f"a start on {start.device} for queries on {query.device}"
     return None
 
 

@@ -138,8 +138,12 @@ def unsupported(
             return f"{length} of {held.shape[2]} positions"
     elif length.dtype != torch.int64 or length.dim():
         return f"a length in {length.dtype} {list(length.shape)}"
+    elif length.device != query.device:
+        return f"a length on {length.device} for queries on {query.device}"
     if mask is not None:
         seen = length if isinstance(length, int) else held.shape[2]
+        if mask.device != query.device:
+            return f"a mask on {mask.device} for queries on {query.device}"
         if mask.dtype != torch.bool or mask.dim() != 4 or mask.stride(-1) != 1:
             return f"a mask in {mask.dtype} {list(mask.shape)}"
         if mask.shape[0] not in (1, batch) or mask.shape[1:3] != (1, 1) or mask.shape[3] < seen:

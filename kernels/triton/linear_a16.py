@@ -1,11 +1,11 @@
 """The linear layer for few rows of 16-bit inputs and 4-bit weights, with or without groups. See `few_rows`.
 
-There are two kernels: one reads x beside the weights, piece by piece, for each block of outputs
-(`linear_a16_streamed`); the other, for up to 16 rows, holds x in registers and goes through many blocks
-(`linear_a16_held`). In both, codes are multiplied as they are; the scale of a group meets the float32 sum of
-its products, which is one multiplication for a whole piece of the row. A zero-point z meets the sum of the
-inputs, as Σ (q - z) x = Σ q x - z Σ x; the second sum is one in float32, so z need not be a number that 16
-bits hold.
+Rows are taken 16 at a time, a launch each. There are two kernels: one reads x beside the weights, piece by
+piece, for each block of outputs (`linear_a16_streamed`); the other holds x in registers and goes through many
+blocks (`linear_a16_held`). In both, codes are multiplied as they are; the scale of a group meets the float32
+sum of its products, which is one multiplication for a whole piece of the row. A zero-point z meets the sum of
+the inputs, as Σ (q - z) x = Σ q x - z Σ x; the second sum is one in float32, so z need not be a number that
+16 bits hold.
 
 The reference rounds each dequantised weight to x's dtype, these kernels do not: they are the more exact ones.
 Where weights have zero-points, an infinity in a row of x makes that row NaN, where the reference may have
@@ -42,7 +42,7 @@ class Choice:
     any case within a group of weights.
 
     held: where it is not 0, pieces whose x a warp holds in registers; `ahead` then counts blocks of 16
-    outputs, and `outputs` and `x_ahead` mean nothing. For more than 16 rows x is never held."""
+    outputs, and `outputs` and `x_ahead` mean nothing."""
 
     outputs: int = 16
     warps: int = 8
@@ -51,6 +51,19 @@ class Choice:
     registers: int = 255
     piece: int = 128
     held: int = 0
+
+    def fits(self) -> bool:
+        """Whether a kernel can be built with it. With less than 128 registers, or fewer warps, more programs
+        that hold x would run at once than there are counters for."""
+        return (
+            self.outputs in (16, 32, 64)
+            and self.warps in (4, 8, 16)
+            and self.ahead >= 1
+            and self.x_ahead >= 1
+            and 128 <= self.registers <= 255
+            and self.piece in (64, 128)
+            and self.held >= 0
+        )
 
 
 def linear(
@@ -73,28 +86,48 @@ def linear(
     reason = unsupported(x, w, x_keep=x_keep, w_keep=w_keep, row_scale=row_scale, bias=bias, dtype=dtype)
     if reason is not None:
         raise ValueError(f"the linear for few 16-bit rows cannot run here: {reason}")
-    n, k = w.packed.shape[0], w.inputs
+    n = w.packed.shape[0]
     values = matrix(x).contiguous()
     m = values.shape[0]
     y = torch.empty(*x.shape[:-1], n, dtype=dtype, device=values.device)
     if m == 0:
         return y
-    choice = choice or tuning.lookup("linear_a16", values.device, m, n, k, Choice())
-    choice = _fitted(choice, m, n, k, w.group, processors(values.device))
+    scales = flat(row_scale)
+    for begin in range(0, m, MOST_TOKENS):
+        rows = slice(begin, begin + MOST_TOKENS)
+        scale = None if scales is None else scales[rows]
+        _launch(values[rows], w, y.view(m, n)[rows], flat(bias), scale, choice, weights_at_rest)
+    return y
+
+
+def _launch(
+    x: Tensor,
+    w: PackedWeight,
+    y: Tensor,
+    bias: Tensor | None,
+    row_scale: Tensor | None,
+    choice: Choice | None,
+    weights_at_rest: bool,
+) -> None:
+    """Up to MOST_TOKENS rows: x [m, K] and y [m, N] without gaps."""
+    (m, k), n = x.shape, y.shape[1]
+    choice = choice or tuning.lookup("linear_a16", x.device, m, n, k, Choice())
+    if not choice.fits():
+        raise ValueError(f"the linear for few 16-bit rows cannot be built with {choice}")
+    choice = _fitted(choice, m, n, k, w.group, processors(x.device))
     packed = w.packed.view(torch.int32 if choice.held else torch.int8)
-    operands = (values, packed, w.scale, w.zero, y, flat(bias), flat(row_scale))
+    operands = (x, packed, w.scale, w.zero, y, bias, row_scale)
     constants = _constants(m, n, k, w.group, w.scale.stride(1), 0 if w.signed else 8, choice)
     options = _options(choice, weights_at_rest)
-    with torch.cuda.device_of(values):
+    with torch.cuda.device_of(x):
         if choice.held:
-            slices, teams = _dealt(choice, n, k, processors(values.device))
-            partials, arrivals = (workspace if slices > 1 else nowhere)(values.device)
+            slices, teams = _dealt(choice, n, k, processors(x.device))
+            partials, arrivals = (workspace if slices > 1 else nowhere)(x.device)
             sums = partials.view(torch.float32)
             held_kernel[(slices * teams,)](*operands, sums, arrivals, m, n, **constants, **options)
         else:
             grid = (triton.cdiv(m, tokens(m, MOST_TOKENS)), triton.cdiv(n, choice.outputs))
             streamed_kernel[grid](*operands, m, n, **constants, **options)
-    return y
 
 
 def unsupported(
@@ -185,7 +218,7 @@ def compilations() -> Iterator[Compilation]:
         (16, 4096, 128, True, Choice()),
         (16, 576, 576, True, Choice()),
         (16, 14336, 128, False, Choice()),
-        (64, 4096, 4096, False, Choice()),
+        (9, 4096, 4096, False, Choice()),
         (1, 4096, 128, False, replace(held, ahead=2)),
         (16, 4096, 128, False, held),
         (16, 4096, 128, False, half),

@@ -61,8 +61,7 @@ def test_shares_name_linears_and_attention(record: dict[str, Any]) -> None:
         assert entry["reason"] is None, entry
         names = {share["operation"] for share in entry["shares"]}
         assert {"attention", "RoPE, append to the KV cache"} <= names
-        # Many rows of 16-bit inputs are multiplied by a dequantised weight.
-        assert form == "w4a16g128" or ("linears of 4-bit weights" in names) == (form != "bf16")
+        assert ("linears of 4-bit weights" in names) == (form != "bf16")
         assert sum(share["fraction"] for share in entry["shares"]) == pytest.approx(1)
 
 

@@ -272,14 +272,15 @@ def test_the_most_important_comes_first() -> None:
 
 
 def row(form: str, speed_: float | None, weights: int = 10) -> dict[str, Any]:
-    about = {"shape": "small", "phase": "decode", "batch": 1, "context": 8, "form": form}
-    return {**about, "speed": speed_, "of_floor": 0.5, "weights": weights, "kv": 0}
+    about = {"shape": "small", "phase": "decode", "batch": 1, "context": 8, "form": form, "online": "none"}
+    seconds = () if speed_ is None else (0.9 / speed_, 1.0 / speed_, 3.0 / speed_)
+    return {**about, "seconds": seconds, "of_floor": 0.5, "weights": weights, "kv": 0}
 
 
 @pytest.mark.parametrize(
     "bound, speeds, met, form",
     [
-        ({"what": "speed", "least": 2.4}, (2.0, 2.5), True, "w4a4kv4"),
+        ({"what": "speed", "least": 2.4}, (2.0, 2.5), True, "w4a4kv4 quarot"),
         ({"what": "speed", "least": 2.6}, (2.5, 2.0), False, "w4a8kv8"),
         ({"what": "speed", "least": 2.4}, (None, None), None, None),
         ({"what": "bytes", "most": 0.35}, (None, None), True, "w4a8kv8"),
@@ -289,10 +290,17 @@ def test_targets_are_judged_by_the_best_form(
     bound: dict[str, Any], speeds: tuple[float | None, ...], met: bool | None, form: str | None
 ) -> None:
     target = Target(
-        "", shape="small", phase="decode", batch=1, context=8, forms=("w4a8kv8", "w4a4kv4"), **bound
+        "",
+        shape="small",
+        phase="decode",
+        batch=1,
+        context=8,
+        forms=(("w4a8kv8", "none"), ("w4a4kv4", "quarot")),
+        **bound,
     )
-    rows = [row("bf16", 1.0, 100), row("w4a8kv8", speeds[0]), row("w4a4kv4", speeds[1], 90)]
-    (verdict,) = judge(rows, [target])
+    rows = [row("bf16", 1.0, 100), row("w4a8kv8", speeds[0]), row("w4a4kv4", 9.0, 1)]
+    overhead = [{**row("w4a4kv4", speeds[1], 90), "online": "quarot"}, row("w4a8kv8", 9.0)]
+    (verdict,) = judge([*rows, *overhead], [target])
     assert (verdict.met, verdict.form) == (met, form)
     assert judge([], [target]) == []
 

@@ -124,6 +124,22 @@ def test_candidates_are_as_many_as_can_be_tried_and_fit(rows: int, inputs: int) 
             assert shared <= 227 * 1024
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"outputs": 8},
+        {"warps": 1},
+        {"warps": 3},
+        {"ahead": 0},
+        {"registers": 64},
+        {"piece": 32},
+        {"held": -1},
+    ],
+)
+def test_impossible_choices_of_the_16_bit_linear_are_known(changes: dict[str, int]) -> None:
+    assert linear_a16.Choice().fits() and not replace(linear_a16.Choice(), **changes).fits()
+
+
 HELD = linear_a16.Choice(warps=16, ahead=2, registers=128, held=1)
 
 

@@ -138,8 +138,12 @@ def test_on_a_gpu_the_kernel_that_is_meant_runs_and_is_counted() -> None:
         found, operation, keywords = called(ops.linear(q, w, dtype=torch.bfloat16))
         assert (found, operation) == (file, "linear")
         assert keywords.get("weights_at_rest", False) is False
-        floating = "linear_a16" if rows <= ops.FEW_ROWS else "dequantise"
-        assert called(ops.linear(torch.ones(rows, 64), w, dtype=torch.bfloat16))[0] == floating
+    for rows, file in (
+        (1, "linear_a16"),
+        (ops.FEW_A16_ROWS, "linear_a16"),
+        (ops.FEW_A16_ROWS + 1, "dequantise"),
+    ):
+        assert called(ops.linear(torch.ones(rows, 64), w, dtype=torch.bfloat16))[0] == file
     x = torch.ones(4, 64)
     assert called(ops.quantise(x, 8, symmetric=True))[:2] == ("quantise", "quantise")
     assert called(ops.rmsnorm_quantise(x, eps=1e-5, bits=4, symmetric=True))[0] == "rmsnorm_quantise"

@@ -114,6 +114,20 @@ def test_room_and_misuse_are_named() -> None:
         decoding.prefill(IDS[:, :4], LEFT[:, :5])
     with pytest.raises(ValueError, match="chunk 0"):
         decoding.prefill(IDS[:, :4], chunk=0)
+    decoding.prefill(IDS[:, :2])
+    for wrong in (IDS[:2, 3], IDS[:, 3:5], IDS[0, :1]):
+        with pytest.raises(ValueError, match="must be one for each of 3 sequences"):
+            decoding.step(wrong)
+    decoding.step(IDS[:, 3])  # a column, which has gaps
+    decoding.reset()
+    with pytest.raises(ValueError, match="of another decoder"):
+        generate(from_transformers(families.model("llama-biases")), IDS, max_new_tokens=1, decoding=decoding)
+    with pytest.raises(
+        ValueError, match="3 sequences of 6 positions do not fit a decoding of 3 with room for 5"
+    ):
+        generate(decoder, IDS[:, :4], max_new_tokens=3, decoding=decoding)
+    with pytest.raises(ValueError, match="2 sequences of 4 positions"):
+        generate(decoder, IDS[:2, :4], max_new_tokens=1, decoding=decoding)
     with pytest.raises(ValueError, match="at least 1 of each"):
         Decoding(decoder, 0, 5)
     assert decoding.length == 0

@@ -104,7 +104,7 @@ def test_kept_columns_are_untouched(rounding: str) -> None:
 
 def test_gptq_by_hand_sees_inputs_of_the_rounded_model() -> None:
     """Each linear's Hessian comes from the model in which everything before it is already rounded: repeated
-    here with whole forward passes and a hook, on a model whose attention window matters."""
+    here with whole forward passes and an observer, on a model whose attention window matters."""
     model, hand = decoder_of("mistral-window"), decoder_of("mistral-window")
     ids = calibration(4, 20)
     specs = everywhere(model, FOUR)
@@ -117,12 +117,10 @@ def test_gptq_by_hand_sees_inputs_of_the_rounded_model() -> None:
             prefix = f"layers.{layer}." + ("mlp." if site[0] in ("gate", "up", "down") else "self_attn.")
             group = [named[f"{prefix}{part}_proj"] for part in site]
             hessian = Hessian()
-            hook = group[0].register_forward_pre_hook(lambda _, inputs, h=hessian: h.add(inputs[0]))
             group[0].observer = hessian.add
             for row in ids:
                 hand(row[None])
             group[0].observer = None
-            hook.remove()
             assert hessian.matrix is not None
             for linear in group:
                 linear.round_to(solve(linear.weight, hessian.matrix, FOUR, damp=0.01, act_order=False))
