@@ -25,7 +25,6 @@ from kernels.targets import (
     DECIDING_NOTE,
     INFORMATION,
     INFORMATION_NOTE,
-    LATER,
     SHAPE,
     W4A8,
     W4A16,
@@ -160,8 +159,9 @@ def _targets(targets: Sequence[Target], rows: dict[Key, Row]) -> list[str]:
     """A table of how often each target is met, with its slowest point."""
     lines = ["| target | against | at least | aim | limit | met | slowest |", "|:--|:--|--:|--:|--:|--:|:--|"]
     operations = {key[1] for key in rows}
+    absent = [target.title for target in targets if target.operation not in operations]
     for target in targets:
-        if target.operation not in operations and target.operation in LATER:
+        if target.title in absent:
             continue
         every = list(points(target, rows))
         measured = [point for point in every if point.speed is not None]
@@ -172,7 +172,10 @@ def _targets(targets: Sequence[Target], rows: dict[Key, Row]) -> list[str]:
             count += f", {len(every) - len(measured)} not measured"
         against = " or ".join(target.against)
         lines.append(f"| {' | '.join([target.title, against, *numbers, count, str(slowest)])} |")
-    return [*lines, ""]
+    lines.append("")
+    return (
+        [*lines, f"Of operations that this run did not time: {'; '.join(absent)}.", ""] if absent else lines
+    )
 
 
 def _times(value: float | None) -> str:

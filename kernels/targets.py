@@ -46,8 +46,6 @@ BF16_ATTENTION = (
     "ours bf16",
     *(f"torch {name}{more}" for name in ("flash", "cuDNN", "efficient") for more in ("", ", heads folded")),
 )
-LATER = ("kv_attention", "rope_append", "kv_dequantise")
-"""Operations that a record may lack altogether: it is then not asked for their targets."""
 CONTEXTS, BATCHES = (1024, 8192, 32768), ("batch 1", "batch 8")
 
 

@@ -235,13 +235,20 @@ def test_a_record_without_limits_is_one_line(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_the_vouched_for_report_is_what_its_record_gives(root: Path, tmp_path: Path) -> None:
-    records = sorted((root / "results" / "reference").glob("kernels-h100.json"))
-    assert records
-    for source in records:
-        assert roofline.main([str(source), "--report", str(tmp_path)]) == 0
-        for file in (roofline.REPORT, roofline.PLOT):
-            assert (tmp_path / file).read_bytes() == (root / "reports" / "kernels" / file).read_bytes()
+@pytest.mark.parametrize("name", ["kernels", "kv-attention"])
+def test_the_vouched_for_report_is_what_its_record_gives(root: Path, tmp_path: Path, name: str) -> None:
+    source = root / "results" / "reference" / f"{name}-h100.json"
+    assert roofline.main([str(source), "--report", str(tmp_path)]) == 0
+    for file in (roofline.REPORT, roofline.PLOT):
+        assert (tmp_path / file).read_bytes() == (root / "reports" / name / file).read_bytes()
+
+
+def test_a_run_is_not_asked_for_what_it_did_not_time() -> None:
+    run = full(2.0)
+    run["results"] = [row for row in run["results"] if row["operation"] != "linear w4a16 g128"]
+    text = report(run)
+    assert "| W4A16 g128, few rows |" not in text and "| W4A8, few rows |" in text
+    assert "this run did not time: W4A16 g128, few rows; ours w4a16, weights at rest against humming" in text
 
 
 def test_reasons_are_read_beside_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
