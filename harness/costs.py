@@ -15,6 +15,9 @@ STAGES = ("load", "learn", "transform", "round", "pack", "evaluate")
 ALWAYS = {"load", "learn", "transform", "round", "evaluate"}
 """Stages with a column of their own whether or not a cell has them."""
 MEASURED = "As measured on the machine of the settings: mean over seeds, of memory the largest."
+LEARNED = (
+    "Of the run that learned, on its machine; cells of other bit-widths and later runs take it from disk."
+)
 MEMORY = """\
 Computed: what the bit-widths promise, counted as in the effective bits: b bits a b-bit code, 16 bits a \
 scale, b bits a weight's zero-point and 16 a KV entry's, 16 bits a value that is not quantised. Measured: \
@@ -57,7 +60,13 @@ def cost_section(run: Run, models: Sequence[Model]) -> list[str]:
     made = "; ".join(f"{name} `{value}`" for name, value in facts.items() if value != "–")
     text = [_times(rows), MEASURED] if rows else ["not recorded"]
     text += [f"Made by: {plain(made)}."] if made else []
-    return ["## Cost", *text, *_memory_section(rows), *_operations_section(run.cells)]
+    return [
+        "## Cost",
+        *text,
+        *_learning_section(rows),
+        *_memory_section(rows),
+        *_operations_section(run.cells),
+    ]
 
 
 def _costs(row: Row) -> list[Record]:
@@ -80,6 +89,19 @@ def _times(rows: Costs) -> str:
         lines.append([*line, f"{max(memory) / 2**30:.2f}" if memory else "–"])
     head = ["model", "bits", "method", *(f"{stage} (s)" for stage in stages), "peak memory (GiB)"]
     return table(head, lines)
+
+
+def _learning_section(rows: Costs) -> list[str]:
+    """Empty where no cell has learned anything: the run that learned it, once for all bit-widths."""
+    lines: dict[tuple[str, ...], None] = {}
+    for name, row, costs in rows:
+        for method, spent in (costs[0].get("learned") or {}).items():
+            for what, value in spent.items():
+                if what.endswith("_seconds"):
+                    stage = what.removesuffix("_seconds")
+                    lines[name, row.label, f"{method}, {stage}", f"{number(value):.1f}"] = None
+    head = ["model", "method", "what", "seconds"]
+    return ["### What learning took", table(head, list(lines)), LEARNED] if lines else []
 
 
 def _memory_section(rows: Costs) -> list[str]:

@@ -18,7 +18,7 @@ from methods.bits import Bits, QuantiserSettings
 TEXT_COLUMNS = (
     *("bits", "method", "model", "task", "metric", "protocol"),
     *("setting", "value", "cell", "what", "stage", "reason", "last output", "text", "quantity", "test"),
-    *("operation", "implementation", "execution"),
+    *("operation", "implementation", "execution", "matrices"),
 )
 
 
