@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness import environment, store
+from harness import diagnostics, environment, store
 from harness.cell_speed import speed_record
 from harness.config import CellSpec, GridConfig
 from harness.evaluate import TaskPlan, batch_spread, float_reference, plan_tasks, run_task
@@ -276,8 +276,10 @@ class CellRun:
                 **effective_bits(quantised.decoder, quantised.plan),
                 "model": model_bits(quantised.decoder, quantised.plan) / self.model.about["parameters"],
             }
-            record["diagnostics"] = self._diagnostics(quantised) | self._batch_spread(quantised)
+            before = self._kurtosis_before() if quantised.kurtosis else {}
+            record["diagnostics"] = diagnostics.describe(quantised, before) | self._batch_spread(quantised)
             record["measured"]["seconds"] |= quantised.seconds
+            record["measured"]["learned"] = diagnostics.learning_costs(quantised)
             record["measured"]["memory"] = memory_record(quantised.decoder, quantised.plan)
         for plan in self.model.tasks:
             with self.steps.step(plan.name, plan.units(grid)):
@@ -336,32 +338,19 @@ class CellRun:
         dtype: torch.dtype = getattr(torch, self.setting.grid.dtype)
         return dtype
 
-    def _diagnostics(self, quantised: Quantised) -> Record:
-        before = self._kurtosis_before() if quantised.kurtosis else {}
-        return {
-            "kurtosis": [
-                {
-                    "layer": site.layer,
-                    "site": site.site,
-                    "before": before[f"{site.layer} {site.site}"],
-                    "after": site.value,
-                }
-                for site in quantised.kurtosis
-            ],
-            "weight_error": [dataclasses.asdict(error) for error in quantised.rounding_errors],
-        }
-
-    def _kurtosis_before(self) -> dict[str, float]:
-        """Kurtosis of the checkpoint as it is, measured once for all its cells."""
+    def _kurtosis_before(self) -> dict[str, Record]:
+        """Spread of block inputs of the checkpoint as it is, measured once for all its cells."""
         device = self.setting.device
 
         def measure() -> Artifact:
             plain = self.model.checkpoint.load(self._dtype)
             sites = block_input_kurtosis(plain, self.model.probe, device)
-            return Artifact(meta={f"{site.layer} {site.site}": site.value for site in sites})
+            return Artifact(
+                meta={diagnostics.site_key(site): diagnostics.site_record(site) for site in sites}
+            )
 
         about = {
-            "what": "kurtosis of block inputs",
+            "what": "spread of block inputs",
             "model": self.model.about["sha256"],
             "dtype": str(self._dtype),
             "probe": hashlib.sha256(self.model.probe.numpy().tobytes()).hexdigest(),

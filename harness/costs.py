@@ -16,6 +16,9 @@ STAGES = ("load", "learn", "transform", "round", "pack", "evaluate")
 ALWAYS = {"load", "learn", "transform", "round", "evaluate"}
 """Stages with a column of their own whether or not a cell has them."""
 MEASURED = "As measured on the machine of the settings: mean over seeds, of memory the largest."
+LEARNED = (
+    "Of the run that learned, on its machine; cells of other bit-widths and later runs take it from disk."
+)
 MEMORY = """\
 Computed: what the bit-widths promise, counted as in the effective bits: b bits a b-bit code, 16 bits a \
 scale, b bits a weight's zero-point and 16 a KV entry's, 16 bits a value that is not quantised. Measured: \
@@ -62,8 +65,14 @@ def cost_section(run: Run, models: Sequence[Model]) -> list[str]:
     made = "; ".join(f"{name} `{value}`" for name, value in facts.items() if value != "–")
     text = [_times(rows), MEASURED] if rows else ["not recorded"]
     text += [f"Made by: {plain(made)}."] if made else []
-    speed = _speed_section(models)
-    return ["## Cost", *text, *speed, *_memory_section(rows), *_operations_section(run.cells)]
+    return [
+        "## Cost",
+        *text,
+        *_learning_section(rows),
+        *_speed_section(models),
+        *_memory_section(rows),
+        *_operations_section(run.cells),
+    ]
 
 
 def _costs(row: Row) -> list[Record]:
@@ -116,6 +125,19 @@ def _speed_section(models: Sequence[Model]) -> list[str]:
         f"{prompt} tokens and {decoded} decoded behind them" for prompt, decoded in sorted(workloads)
     )
     return ["### Accuracy beside speed and memory", table(head, lines), SPEED.format(said or "none that ran")]
+
+
+def _learning_section(rows: Costs) -> list[str]:
+    """Empty where no cell has learned anything: the run that learned it, once for all bit-widths."""
+    lines: dict[tuple[str, ...], None] = {}
+    for name, row, costs in rows:
+        for method, spent in (costs[0].get("learned") or {}).items():
+            for what, value in spent.items():
+                if what.endswith("_seconds"):
+                    stage = what.removesuffix("_seconds")
+                    lines[name, row.label, f"{method}, {stage}", f"{number(value):.1f}"] = None
+    head = ["model", "method", "what", "seconds"]
+    return ["### What learning took", table(head, list(lines)), LEARNED] if lines else []
 
 
 def _memory_section(rows: Costs) -> list[str]:

@@ -63,7 +63,7 @@ class Subject:
     """A model with what it is measured on. windows: those that a row is scored on if need be, `few` at first.
     base: the quantiser settings that the cases change. group: of the grouped cases, None for none. small: all
     cases run with every rounding, in float64, and the int4 execution is made from the checkpoint on its own
-    and not from a copy of the simulated model."""
+    and not from a copy of the simulated model. artifacts: where what methods learn is kept for all rows."""
 
     name: str
     checkpoint: Checkpoint
@@ -73,6 +73,7 @@ class Subject:
     base: QuantiserSettings
     group: int | None
     small: bool
+    artifacts: Path | None = None
 
 
 def methods_of_registry() -> tuple[list[str], list[str]]:
@@ -158,7 +159,7 @@ def twins(
             subject.checkpoint,
             pipeline,
             case.bits,
-            Context(device, seed),
+            Context(device, seed, cache=subject.artifacts),
             settings=case.settings,
             calibration=subject.calibration,
             dtype=getattr(torch, case.dtype),
@@ -215,7 +216,8 @@ def open_subject(name: str, folder: Path, windows: int, length: int, seed: int =
         load_corpus(), checkpoint.tokenizer, samples=CALIBRATION[0], length=CALIBRATION[1], seed=seed
     )
     cut = Windows(text.tokens[chosen], text.passages[chosen])
-    return Subject(name, checkpoint, cut, windows, calibration, QuantiserSettings(), 64, small=False)
+    settings = QuantiserSettings()
+    return Subject(name, checkpoint, cut, windows, calibration, settings, 64, False, folder / "artifacts")
 
 
 def odd_subject(name: str, folder: Path, *, length: int = 40, seed: int = 0) -> Subject:
@@ -225,7 +227,8 @@ def odd_subject(name: str, folder: Path, *, length: int = 40, seed: int = 0) -> 
     ids = torch.randint(3, checkpoint.config.vocab_size, (6, length), generator=generator)
     windows = Windows(ids[:2], (torch.arange(2 * length) // 10).view(2, length))
     group = 8 if name.endswith("g8") else None
-    return Subject(name, checkpoint, windows, 2, ids[2:], odd_settings(), group, small=True)
+    settings = odd_settings()
+    return Subject(name, checkpoint, windows, 2, ids[2:], settings, group, True, folder / "artifacts")
 
 
 def odd_settings() -> QuantiserSettings:

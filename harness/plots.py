@@ -50,6 +50,24 @@ class KurtosisPanel:
     """Labels of the methods that share a line -> points."""
 
 
+@dataclass(frozen=True)
+class LearningPanel:
+    """One pair of axes of the learning figure: the loss at each step, by label."""
+
+    title: str
+    series: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class HistogramPanel:
+    """One pair of axes of the histogram figure: counts in equal bins from -reach to reach."""
+
+    title: str
+    reach: float
+    before: Sequence[int]
+    after: dict[str, Sequence[int]] = field(default_factory=dict)
+
+
 def bits_figure(path: Path, bits: Sequence[str], panels: Sequence[Panel], order: Sequence[str]) -> None:
     """Value against bit-width, one line a method, from most bits to fewest; values not finite are left out.
 
@@ -116,6 +134,71 @@ def kurtosis_figure(path: Path, panels: Sequence[KurtosisPanel], order: Sequence
         _log_axis(axes, [UNIFORM, GAUSSIAN, *everything])
     _legend(figure)
     _save(figure, path)
+
+
+def learning_figure(path: Path, panels: Sequence[LearningPanel], order: Sequence[str]) -> None:
+    """Loss against step, one line a method; `order` as in `bits_figure`."""
+    figure, axes_of = _panels(len(panels))
+    for axes, panel in zip(axes_of, panels, strict=True):
+        for label, losses in panel.series.items():
+            style = _style(order.index(label)) | {"marker": "", "linewidth": 1.0}
+            axes.plot(range(1, len(losses) + 1), losses, **style, label=label)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _dress(axes, panel.title)
+    _legend(figure)
+    _save(figure, path)
+
+
+def histogram_figure(path: Path, panels: Sequence[HistogramPanel], order: Sequence[str]) -> None:
+    """Share of values against their size in units of the root mean square, before (grey) and after each
+    transform, on a log axis; `order` as in `bits_figure`."""
+    figure, axes_of = _panels(len(panels))
+    for axes, panel in zip(axes_of, panels, strict=True):
+        grey: dict[str, Any] = {"color": _GREY, "linewidth": 1.6}
+        lines = [("before (float model)", grey, panel.before)]
+        for label, counts in panel.after.items():
+            lines.append((f"after {label}", _style(order.index(label)) | {"marker": ""}, counts))
+        shares: list[float] = []
+        for label, style, counts in lines:
+            total, width = sum(counts) or 1, 2 * panel.reach / len(counts)
+            points = [(width * (i + 0.5) - panel.reach, n / total) for i, n in enumerate(counts) if n]
+            axes.plot([x for x, _ in points], [y for _, y in points], **style, label=label)
+            shares += [y for _, y in points]
+        axes.set_xlabel("value / root mean square")
+        _dress(axes, panel.title)
+        _log_axis(axes, shares)
+    _legend(figure)
+    _save(figure, path)
+
+
+def sizes_figure(
+    path: Path, measure: str, curves: Mapping[str, Sequence[tuple[int, float, float, float]]]
+) -> None:
+    """Two panels against the number of sequences (log axis): `measure` with its standard error, and kurtosis.
+    curves: label -> points (sequences, value, standard error, kurtosis)."""
+    figure, (left, right) = _panels(2)
+    for number, (label, points) in enumerate(curves.items()):
+        sizes, style = [size for size, *_ in points], _style(number)
+        errors = [error if math.isfinite(error) else 0.0 for _, _, error, _ in points]
+        left.errorbar(sizes, [v for _, v, *_ in points], yerr=errors, capsize=2, **style, label=label)
+        right.plot(sizes, [kurtosis for *_, kurtosis in points], **style, label=label)
+    right.axhline(UNIFORM, color="black", linestyle=":", linewidth=1, label="uniform (1.8)")
+    ticks = sorted({size for points in curves.values() for size, *_ in points})
+    for axes, title in ((left, f"{measure} (lower is better)"), (right, "kurtosis of block inputs")):
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("calibration sequences")
+        _dress(axes, title)
+    _legend(figure)
+    _save(figure, path)
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with so many pairs of axes side by side and room for its legend."""
+    figure = Figure(figsize=(4.3 * count + 2.4, 4.4), layout="constrained", facecolor="white")
+    return figure, [figure.add_subplot(1, count, index + 1) for index in range(count)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:

@@ -7,6 +7,9 @@ An artifact named by its key, the digest of everything it depends on, lies in tw
 
 Each appears by one rename, the JSON file last, under a file lock. What does not agree with its digests is
 learned again and never used.
+
+What takes too long to learn in a quick comparison lies in `SHIPPED`, in the same two files, under a key
+without code, versions and machine: it was learned once, by `python -m methods.shipping`.
 """
 
 from __future__ import annotations
@@ -35,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CODE = ("kernels", "methods")
+SHIPPED = Path(__file__).resolve().parent / "shipped"
+_PORTABLE = ("model", "dtype", "parts", "calibration", "seed")
+"""What a shipped artifact is found by: all that it depends on but where and by which code it was learned."""
 _AFTER_LEARNING = ("rounding", "damp", "act_order")
 """Options of every method that act only once it has learned."""
 
@@ -49,7 +55,8 @@ def learn(
     calibration: Tensor | None,
 ) -> Artifact:
     """The artifact of the last of `parts`, the others having transformed the model before it: from
-    `ctx.cache`, else `learner()`, which is then kept there. Stored tensors come back on the CPU.
+    `SHIPPED` or `ctx.cache`, else `learner()`, which is then kept in the latter. Stored tensors come back on
+    the CPU.
 
     Raises UserError where the folder cannot be written.
     """
@@ -57,7 +64,12 @@ def learn(
     if ctx.cache is None or type(method).learn is Method.learn:
         return learner()
     about = describe(parts, ctx, model_sha256=model_sha256, dtype=dtype, calibration=calibration)
-    return stored(ctx.cache, about, learner)
+    return load(SHIPPED, portable_key(about)) or stored(ctx.cache, about, learner)
+
+
+def portable_key(about: dict[str, Any]) -> str:
+    """The name of a shipped artifact, from what `describe` returns."""
+    return _sha256(_canonical({name: about[name] for name in _PORTABLE}))[:32]
 
 
 def describe(

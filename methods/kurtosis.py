@@ -1,4 +1,4 @@
-"""Per-token kurtosis of what the linears of each block read: how far activations are from outlier-free.
+"""How hard the inputs of each block are to quantise: kurtosis, largest value and signal-to-noise per token.
 
 kurtosis = E[((x - mean)/std)⁴] over the channels of one token (population moments; 1.8 is uniform, 3
 Gaussian), averaged over tokens. Measured at the inputs of q_proj (site "attention") and gate_proj ("mlp").
@@ -6,21 +6,44 @@ Gaussian), averaged over tokens. Measured at the inputs of q_proj (site "attenti
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from kernels.reference import fake_quantise
+from methods.bits import ActivationSpec, QuantiserSettings
 from methods.decoder import Decoder
+
+BINS, REACH = 96, 12.0
+"""Bins of a histogram of x/rms between -REACH and REACH; what lies beyond counts in the outermost."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the channels of tokens spread, averaged over tokens.
+
+    kurtosis: as above. peak: largest |x| over the root mean square. snr: signal to quantisation noise in
+    decibels of all tokens together, by the default 4-bit activation quantiser.
+    """
+
+    kurtosis: float
+    peak: float
+    snr: float
 
 
 @dataclass(frozen=True)
 class SiteKurtosis:
-    """Mean kurtosis per token at one site of one layer."""
+    """Mean kurtosis per token at one site of one layer; its spread, and how many values of x/rms fall in
+    each bin."""
 
     layer: int
     site: str
     value: float
+    spread: Spread
+    counts: tuple[int, ...]
 
 
 def token_kurtosis(x: Tensor) -> Tensor:
@@ -28,25 +51,51 @@ def token_kurtosis(x: Tensor) -> Tensor:
     x = x.to(torch.float64)
     centred = x - x.mean(-1, keepdim=True)
     variance = centred.square().mean(-1)
-    return centred.pow(4).mean(-1) / variance.square().clamp(min=1e-30)
+    return centred.square().square().mean(-1) / variance.square().clamp(min=1e-30)
+
+
+def spread(x: Tensor, quantiser: ActivationSpec | None = None) -> Spread:
+    """The spread of x [..., width]; computed in float64. `quantiser`: another than the default."""
+    x = x.to(torch.float64)
+    spec = quantiser or QuantiserSettings().activation(4)
+    rounded = fake_quantise(x, spec.bits, symmetric=spec.symmetric, clip=spec.clip, group=spec.group)
+    noise = float((rounded - x).square().sum())
+    signal = float(x.square().sum())
+    return Spread(
+        float(token_kurtosis(x).mean()),
+        float((x.abs().amax(-1) / _rms(x).squeeze(-1)).mean()),
+        10 * math.log10(signal / noise) if noise > 0 else math.inf,
+    )
+
+
+def histogram(x: Tensor) -> Tensor:
+    """How many of the values of x/rms, rms per row of x [..., width], fall in each bin: int64 [BINS]."""
+    scaled = (x.to(torch.float64) / _rms(x)).flatten()
+    places = ((scaled + REACH) * (BINS / (2 * REACH))).floor().clamp(0, BINS - 1)
+    return torch.bincount(places.to(torch.int64).cpu(), minlength=BINS)
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.to(torch.float64).square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
 
 
 @torch.no_grad()
 def block_input_kurtosis(
     model: Decoder, ids: Tensor, device: torch.device | str | None = None
 ) -> list[SiteKurtosis]:
-    """Kurtosis of the inputs of both sites of every layer on token ids [B, T], one block at a time on
+    """Spread of the inputs of both sites of every layer on token ids [B, T], one block at a time on
     `device`. The norm's gain counts as part of the input unless a transform has folded it into the weights.
     """
     found: list[SiteKurtosis] = []
     state = model.embed(ids.to(model.device))
+
+    def observe(x: Tensor, layer: int, site: str) -> None:
+        here = spread(x)
+        found.append(SiteKurtosis(layer, site, here.kurtosis, here, tuple(histogram(x).tolist())))
+
     for layer, block in model.stream_blocks(device):
-        for site, linear in (("attention", block.self_attn.q_proj), ("mlp", block.mlp.gate_proj)):
-
-            def observe(x: Tensor, layer: int = layer, site: str = site) -> None:
-                found.append(SiteKurtosis(layer, site, float(token_kurtosis(x).mean())))
-
-            linear.observer = observe
+        block.self_attn.q_proj.observer = partial(observe, layer=layer, site="attention")
+        block.mlp.gate_proj.observer = partial(observe, layer=layer, site="mlp")
         try:
             state = model.through(block, state)
         finally:

@@ -86,8 +86,8 @@ class Method:
     """Seams of the decoder that it transforms; two methods on one seam do not compose."""
 
     def __post_init__(self) -> None:
-        _choose("preset", self.preset, ("quick", "paper"))
-        _choose("rounding", self.rounding, ROUNDINGS)
+        choose("preset", self.preset, ("quick", "paper"))
+        choose("rounding", self.rounding, ROUNDINGS)
         for option in ("samples", "length"):
             value = getattr(self, option)
             if value is not None and value < 1:
@@ -128,13 +128,18 @@ class Method:
         """Departures from the paper on this model that a reader of the result must know."""
         return []
 
+    def rounding_tokens(self, calibration: Tensor) -> Tensor:
+        """The calibration tokens that rounding and static ranges read: [samples, length], by default all."""
+        return calibration
+
     def calibration_shape(self) -> tuple[int, int]:
         """Sequences and tokens each for calibration: the options, else the preset's."""
         samples, length = (128, 2048) if self.preset == "paper" else (32, 512)
         return self.samples or samples, self.length or length
 
 
-def _choose(option: str, value: str, choices: tuple[str, ...]) -> None:
+def choose(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise UserError unless an option's value is one of these."""
     if value not in choices:
         raise UserError(f"{option} {value!r}: choose one of {', '.join(choices)}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,6 +110,8 @@ class Quantised:
     notes: list[str] = field(default_factory=list)
     rounding_errors: list[RoundingError] = field(default_factory=list)
     kurtosis: list[SiteKurtosis] = field(default_factory=list)
+    learned: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the methods of the pipeline that learn say about how (`Artifact.meta`), by name."""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -165,6 +168,7 @@ def quantise(
         plan = part.plan(model, bits, settings, artifact, plan)
     if plan.static and calibration is None:
         raise UserError(f"{pipeline.spec} plans static ranges and needs calibration tokens for them")
+    tokens = None if calibration is None else pipeline.lead.rounding_tokens(calibration)
     errors: list[RoundingError] = []
     if bits.quantises_weights:
         lead = pipeline.lead
@@ -173,14 +177,14 @@ def quantise(
             plan.linears,
             pipeline.rounding,
             ctx,
-            calibration=calibration,
+            calibration=tokens,
             damp=lead.damp,
             act_order=lead.act_order,
         )
     lap("round")
     ranges = Artifact()
-    if plan.static and calibration is not None:
-        ranges = pipeline.ranger.ranges(model, plan, calibration, ctx)
+    if plan.static and tokens is not None:
+        ranges = pipeline.ranger.ranges(model, plan, tokens, ctx)
         lap("ranges")
     set_quantisers(model, plan)
     if execution == "int4":
@@ -188,7 +192,8 @@ def quantise(
         lap("pack")
     model = model.to(ctx.device)
     set_ranges(model, ranges.tensors)
-    return Quantised(model, plan, notes, errors, kurtosis, seconds)
+    facts = {part.name: found.meta for part, found in zip(pipeline.parts, learned, strict=True) if found.meta}
+    return Quantised(model, plan, notes, errors, kurtosis, facts, seconds)
 
 
 def _learn(

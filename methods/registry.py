@@ -23,6 +23,8 @@ _BUILT_IN = {
     "rtn": "methods.rtn:RTN",
     "gptq": "methods.gptq:GPTQ",
     "quarot": "methods.quarot:QuaRot",
+    "spinquant": "methods.spinquant:SpinQuant",
+    "kurtail": "methods.kurtail:KurTail",
 }
 
 

@@ -7,6 +7,7 @@ T to the rows of its weight.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -87,8 +88,7 @@ def rotate(model: Decoder, rotations: Rotations, device: torch.device | str | No
         )
     for index, block in model.stream_blocks(device):
         with edited(block) as edit:
-            _fold_gain(edit, block.input_layernorm, READERS[:3])
-            _fold_gain(edit, block.post_attention_layernorm, READERS[3:])
+            _fold_gains(edit, block)
             if residual is not None:
                 matrix = residual.to(block.mlp.down_proj.weight.device)
                 for name in READERS:
@@ -143,6 +143,19 @@ def _take_gain(norm: RMSNorm) -> Tensor | None:
     gain = norm.weight.to(torch.float64)
     norm.weight = None
     return gain
+
+
+def folded(block: Block) -> Block:
+    """A copy of a block whose norm gains are folded into the linears behind them: the same function."""
+    own = copy.deepcopy(block)
+    with edited(own) as edit:
+        _fold_gains(edit, own)
+    return own
+
+
+def _fold_gains(edit: Edit, block: Block) -> None:
+    _fold_gain(edit, block.input_layernorm, READERS[:3])
+    _fold_gain(edit, block.post_attention_layernorm, READERS[3:])
 
 
 def _fold_gain(edit: Edit, norm: RMSNorm, readers: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ methods:
   - {method: rtn, bits: [w4a16, w4a4kv4]}
   - {method: gptq, bits: [w4a16]}
   - {method: "quarot:rounding=rtn", bits: [w4a4kv4]}
+  - {method: "kurtail:rounding=rtn;steps=60;sequences=4;tokens=512", bits: [w4a4kv4]}
 tasks: [perplexity_wikipedia, openbookqa_local]
 limit: 2
 limits: {openbookqa_local: 4}
@@ -28,7 +30,7 @@ calibration: {samples: 8, length: 512}
 
 
 @pytest.fixture(scope="module")
-def perplexity(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], float]:
+def records(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
     """In one process, in which both cells of rtn share their weights; the gate's tests run cells of this
     model in processes of their own."""
     folder = tmp_path_factory.mktemp("run")
@@ -41,10 +43,19 @@ def perplexity(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str]
     for path in (folder / "out").glob("*/cell.json"):
         record = json.loads(path.read_text())
         assert record["status"] == "done"
-        value = record["tasks"]["perplexity_wikipedia"]["metrics"]["perplexity"]["value"]
-        found[record["method"]["name"], record["bits"]] = value
-    assert "quarot" in (Path(folder) / "out" / "report.md").read_text()
+        found[record["method"]["name"], record["bits"]] = record
+    report = (Path(folder) / "out" / "report.md").read_text()
+    assert "quarot" in report
+    assert "### What was learned" in report
     return found
+
+
+@pytest.fixture(scope="module")
+def perplexity(records: dict[tuple[str, str], dict[str, Any]]) -> dict[tuple[str, str], float]:
+    return {
+        cell: record["tasks"]["perplexity_wikipedia"]["metrics"]["perplexity"]["value"]
+        for cell, record in records.items()
+    }
 
 
 def test_weight_only_methods_are_ordered(perplexity: dict[tuple[str, str], float]) -> None:
@@ -54,3 +65,16 @@ def test_weight_only_methods_are_ordered(perplexity: dict[tuple[str, str], float
 
 def test_rotation_rescues_4_bit_activations(perplexity: dict[tuple[str, str], float]) -> None:
     assert 10 * perplexity["quarot", "w4a4kv4"] < perplexity["rtn", "w4a4kv4"]
+
+
+def test_learned_rotations_lower_kurtosis_on_text_not_learned_from(
+    records: dict[tuple[str, str], dict[str, Any]], perplexity: dict[tuple[str, str], float]
+) -> None:
+    """Learned from little here: all of it brings the mean below 2.1."""
+    means = {}
+    for name in ("quarot", "kurtail"):
+        sites = records[name, "w4a4kv4"]["diagnostics"]["kurtosis"]
+        means[name] = sum(site["after"] for site in sites) / len(sites)
+        assert sum(site["before"] for site in sites) / len(sites) > 20
+    assert means["kurtail"] < 2.35 < 2.6 < means["quarot"] < 2.8
+    assert 10 * perplexity["kurtail", "w4a4kv4"] < perplexity["rtn", "w4a4kv4"]

@@ -63,3 +63,17 @@ def test_static_ranges_in_bfloat16(tmp_path: Path) -> None:
     families.model("llama-biases", torch.float32).save_pretrained(tmp_path)
     quantised = run(tmp_path, "rtn", "w4a8kv8", "cuda", torch.bfloat16, static=True)
     assert bool(quantised.decoder(IDS.cuda()).isfinite().all())
+
+
+@pytest.mark.parametrize("text", ["kurtail:steps=3;tokens=64", "spinquant:steps=3"])
+def test_rotations_are_learned_on_the_gpu(tmp_path: Path, text: str) -> None:
+    """The model is at home before and after, and its function is the same."""
+    families.model("llama-biases", torch.float32).save_pretrained(tmp_path)
+    model = open_checkpoint(str(tmp_path)).load(torch.float64)
+    want = model(IDS)
+    method = parse_method(text).parts[0]
+    artifact = method.learn(model, CALIBRATION, Context(torch.device("cuda")))
+    assert all(tensor.device.type == "cpu" for tensor in (*artifact.tensors.values(), *model.parameters()))
+    assert all(log["gradient"][0] > 0 for log in artifact.meta["log"].values())
+    with torch.no_grad():
+        assert families.relative(method.transform(model, artifact)(IDS), want) <= 1e-9

@@ -134,6 +134,17 @@ def test_shipped_grids_load(root: Path, name: str) -> None:
     assert {"float", "rtn", "gptq", "quarot"} <= methods
 
 
+def test_the_study_of_rotations_has_its_seeds(root: Path) -> None:
+    cells = cells_of(load_grid(root / "grids" / "rotations.yaml", {}))
+    seeds: dict[str, int] = {}
+    for cell in cells:
+        seeds[cell.method] = seeds.get(cell.method, 0) + 1
+        assert cell.pipeline.is_float or (cell.bits, cell.pipeline.rounding) == ("w4a4kv4", "gptq")
+    assert (seeds["quarot"], seeds["kurtail"], seeds["spinquant"]) == (5, 5, 3)
+    assert seeds["spinquant:start=kurtail"] == 3
+    assert (len(cells), min(seeds.values())) == (50, 1)
+
+
 def test_every_registered_method_has_a_w4a4kv4_row_in_the_quick_grid(root: Path) -> None:
     grid = load_grid(root / "grids" / "quick.yaml", {})
     rows = {cell.pipeline.name for cell in cells_of(grid) if cell.bits == "w4a4kv4"}

@@ -113,6 +113,29 @@ def test_learned_once(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert {path.suffix for path in cache.iterdir()} == {".json", ".safetensors", ".lock"}
 
 
+def test_what_ships_is_not_learned_again(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the code and the machine; anything else that it depends on, or damage, has it learned."""
+    monkeypatch.setattr(artifacts, "SHIPPED", tmp_path / "shipped")
+    artifacts.SHIPPED.mkdir()
+    part = Counting()
+    about = artifacts.describe(
+        [part], Context(), model_sha256=checkpoint.sha256, dtype=torch.float32, calibration=CALIBRATION
+    )
+    key = artifacts.portable_key({**about, "code": "older", "torch": "1.0", "threads": 99})
+    artifacts.save(artifacts.SHIPPED, key, Artifact({"scale": torch.full((3, 2), 2.0)}, {"own": 1}), about)
+    found = run(checkpoint, tmp_path / "cache", part)
+    assert (found.learned, LEARNED) == ({"counting": {"own": 1}}, [])
+    run(checkpoint, tmp_path / "cache", part, seed=1)
+    run(checkpoint, tmp_path / "cache", Counting(strength=2.0))
+    run(checkpoint, tmp_path / "cache", part, calibration=CALIBRATION[:2])
+    assert len(LEARNED) == 3
+    (artifacts.SHIPPED / f"{key}.safetensors").write_bytes(b"damaged")
+    run(checkpoint, tmp_path / "cache", part)
+    assert len(LEARNED) == 4
+
+
 def test_other_bits_and_roundings_share_what_was_learned(checkpoint: Checkpoint, tmp_path: Path) -> None:
     for part in (Counting(), Counting(rounding="gptq"), Counting(damp=0.1), Counting(act_order=True)):
         for bits in ("w4a8", "w4a4kv4"):

@@ -1,0 +1,173 @@
+"""The report's section on what methods learned: their cost in tokens, convergence, the inputs of blocks under
+their rotations, and what more calibration text would have brought. Drawn from the records of the cells."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from harness import plots
+from harness.markdown import table
+from harness.records import Cell, Column, Model, Record, Row, number, overall
+from harness.tables import perplexity_of
+
+TOKENS = """\
+Tokens: what the learner was shown in all, how many of them are different, and for SpinQuant the 800 x 2,048 \
+of its paper. Loss: cross-entropy in nats of the quantised network (SpinQuant), or distance of kurtosis \
+from 1.8 (KurTail), at the first and last step, each on what that step saw. Error: the largest max|RRᵀ - I| \
+that a step left, before the final decomposition makes R orthogonal to 1e-12. What is kept is learned once \
+for all bit-widths; the section on costs says how long it took."""
+CONVERGENCE = """\
+*The loss that each learner descends on, against its steps (first seed): a noisy line, because every step \
+sees other tokens. Where it has not flattened, more steps or more text may still help.*"""
+INPUTS = """\
+Inputs of blocks on tuning text, which no method learned from, mean over sites of the first seed: kurtosis \
+per token, the largest value over the root mean square, and signal to noise in decibels under the default \
+4-bit quantiser of activations."""
+HISTOGRAMS = """\
+*How often values of block inputs occur, in units of their token's root mean square, all layers together \
+(log scale; the outermost bins hold all that lies beyond). Outlier channels make the long tails of the grey \
+line; the narrower a line, the finer its 4-bit grid.*"""
+SIZES = """\
+*Perplexity and kurtosis on tuning text against the number of sequences that were learned from; rounding \
+reads the same calibration text throughout. Where the lines are flat, more text does not help.*"""
+
+
+def learning_section(model: Model, figures: Path, stem: str) -> list[str]:
+    """Writes the figures, returns their text; empty where no cell has learned anything."""
+    learned = {row: facts for row in _one_width(model) if (facts := _facts(row.first))}
+    text = []
+    if learned:
+        text += [
+            "### What was learned",
+            _tokens(learned),
+            TOKENS,
+            *_convergence(learned, model, figures, stem),
+        ]
+    text += _histograms(model, figures, stem) if learned else []
+    return text + _sizes(model, figures, stem)
+
+
+def _one_width(model: Model) -> list[Row]:
+    """Each label's row of fewest bits: what is learned is the same at every bit-width."""
+    return list({row.label: row for row in model.rows if not row.first.is_float}.values())
+
+
+def _facts(cell: Cell) -> dict[str, Record]:
+    """What the methods of a cell learned, by method: those that keep a log."""
+    learned = (cell.record.get("diagnostics") or {}).get("learned") or {}
+    return {name: facts for name, facts in learned.items() if facts.get("log")}
+
+
+def _tokens(learned: Mapping[Row, Mapping[str, Record]]) -> str:
+    lines = []
+    for row, methods in learned.items():
+        for facts in methods.values():
+            tokens = facts.get("tokens") or {}
+            seen = f"{tokens.get('seen', tokens.get('passed', 0)):,}"
+            if tokens.get("paper"):
+                share = f"{tokens['seen'] / tokens['paper']:.1%}"
+                seen += f" ({tokens['different']:,} different), {share} of the paper's {tokens['paper']:,}"
+            elif tokens.get("kept"):
+                seen += f" passed, {tokens['kept']:,} rows of each site kept"
+            for what, log in facts["log"].items():
+                ends = f"{number(log['loss'][0]):.3f} → {number(log['loss'][-1]):.3f}"
+                error = f"{max(map(number, log['error'])):.0e}"
+                lines.append([row.label, what, len(log["loss"]), seen, ends, error])
+    return table(["method", "matrices", "steps", "tokens", "loss", "error"], lines)
+
+
+def _convergence(
+    learned: Mapping[Row, Mapping[str, Record]], model: Model, figures: Path, stem: str
+) -> list[str]:
+    panels: dict[tuple[str, str], dict[str, Sequence[float]]] = {}
+    for row, methods in learned.items():
+        for name, facts in methods.items():
+            for what, log in facts["log"].items():
+                panels.setdefault((name, what), {})[row.label] = [number(loss) for loss in log["loss"]]
+    drawn = [
+        plots.LearningPanel(f"{name}: loss of {what}", series) for (name, what), series in panels.items()
+    ]
+    plots.learning_figure(figures / f"{stem}-learning.svg", drawn, model.labels)
+    return [f"![Loss of each learner against its steps](figures/{stem}-learning.svg)", CONVERGENCE]
+
+
+def _histograms(model: Model, figures: Path, stem: str) -> list[str]:
+    lines: list[list[str]] = []
+    panels: dict[str, plots.HistogramPanel] = {}
+    for row in _one_width(model):
+        diagnostics = row.first.record.get("diagnostics") or {}
+        points = [point for point in diagnostics.get("kurtosis") or () if "snr_after" in point]
+        if points and not lines:
+            lines.append(["(before)", *_means(points, "before")])
+        if points:
+            lines.append([row.label, *_means(points, "after")])
+        for entry in diagnostics.get("histograms") or ():
+            panel = panels.setdefault(
+                entry["site"],
+                plots.HistogramPanel(f"{entry['site']} inputs", entry["reach"], entry["before"]),
+            )
+            if entry["after"] != entry["before"]:
+                panel.after[row.label] = entry["after"]
+    if not lines:
+        return []
+    text = [INPUTS, table(["method", "kurtosis", "largest / rms", "signal to noise (dB)"], lines)]
+    if not panels:
+        return text
+    plots.histogram_figure(figures / f"{stem}-inputs.svg", list(panels.values()), model.labels)
+    alt = "Histograms of block inputs before and after each transform"
+    return [*text, f"![{alt}](figures/{stem}-inputs.svg)", HISTOGRAMS]
+
+
+def _means(points: Sequence[Record], when: str) -> list[str]:
+    keys = ((when, 2), (f"peak_{when}", 2), (f"snr_{when}", 1))
+    return [f"{sum(number(p[key]) for p in points) / len(points):.{digits}f}" for key, digits in keys]
+
+
+def _sizes(model: Model, figures: Path, stem: str) -> list[str]:
+    """The curve over the number of calibration sequences, for methods with rows that differ in it alone."""
+    column = next(iter(model.perplexities), None)
+    if column is None:
+        return []
+    groups: dict[str, list[tuple[int, Row]]] = {}
+    for row in model.rows:
+        for name, facts in _facts(row.first).items():
+            if facts.get("sequences"):
+                method = row.first.record["method"]
+                options = dict((method.get("options") or {}).get(name) or {}, sequences=None)
+                key = json.dumps([row.bits, method["name"], options], sort_keys=True, default=str)
+                groups.setdefault(key, []).append((int(facts["sequences"]), row))
+    curves = {}
+    for rows in groups.values():
+        if len({size for size, _ in rows}) > 1:
+            ordered = sorted(rows, key=lambda item: item[0])
+            label = f"{ordered[0][1].first.record['method']['name']}, {ordered[0][1].bits}"
+            curves[label] = [(size, *_at_size(row, column)) for size, row in ordered]
+    if not curves:
+        return []
+    plots.sizes_figure(figures / f"{stem}-sizes.svg", column.title, curves)
+    lines = [
+        [label, f"{size:,}", f"{value:.2f}", f"{kurtosis:.3f}"]
+        for label, points in curves.items()
+        for size, value, _, kurtosis in points
+    ]
+    return [
+        "### How much calibration text it takes",
+        table(["method", "sequences", column.title, "kurtosis"], lines),
+        f"![Perplexity and kurtosis against calibration sequences](figures/{stem}-sizes.svg)",
+        SIZES,
+    ]
+
+
+def _at_size(row: Row, column: Column) -> tuple[float, float, float]:
+    """Perplexity with its standard error, and mean kurtosis over sites and seeds."""
+    estimate = overall(row, column.estimate)
+    value, stderr = (math.nan, math.nan) if estimate is None else perplexity_of(estimate)
+    found = [
+        number(point["after"])
+        for cell in row.cells
+        for point in (cell.record.get("diagnostics") or {}).get("kurtosis") or ()
+    ]
+    return value, stderr, sum(found) / len(found) if found else math.nan

@@ -1,0 +1,76 @@
+"""Learn what ships: `python -m methods.shipping METHOD`, once, on the default model.
+
+What a method learns at the settings of the quick grid (16 calibration sequences of 512 tokens, seed 0,
+float32) is written to methods/shipped, where every grid of these settings finds it, also after the code has
+changed and on any machine. Its record says when, by which code and by which command it was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shlex
+import sys
+
+import torch
+
+from methods import artifacts
+from methods.calibration import load_corpus, token_windows
+from methods.checkpoint import DEFAULT_MODEL, open_checkpoint
+from methods.errors import UserError
+from methods.method import Artifact, Context
+from methods.registry import parse_method
+
+LARGEST = 2 * 10**6
+"""Bytes that a shipped file may have."""
+
+
+def ship(text: str, samples: int, length: int, command: str) -> str:
+    """Learn and write an artifact; returns its key. UserError where it cannot ship."""
+    pipeline = parse_method(text)
+    if len(pipeline.parts) != 1:
+        raise UserError(f"{text}: ship one method at a time")
+    method, checkpoint, ctx = pipeline.parts[0], open_checkpoint(DEFAULT_MODEL), Context()
+    samples, length = pipeline.calibration_shape(samples, length)
+    corpus = load_corpus("boolq", "calibration")
+    tokens = token_windows(corpus, checkpoint.tokenizer, samples=samples, length=length, seed=ctx.seed)
+    model = checkpoint.load(torch.float32)
+    made = method.learn(model, tokens, ctx)
+    size = sum(tensor.nbytes for tensor in made.tensors.values())
+    if not size or size > LARGEST:
+        raise UserError(f"{text} learns {size:,} bytes: what ships has some, and {LARGEST:,} at most")
+    about = artifacts.describe(
+        [method], ctx, model_sha256=checkpoint.sha256, dtype=model.dtype, calibration=tokens
+    )
+    made_by = {"command": command, "code": about["code"], "torch": torch.__version__}
+    made_by["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
+    key = artifacts.portable_key(about)
+    artifacts.SHIPPED.mkdir(exist_ok=True)
+    artifacts.save(artifacts.SHIPPED, key, Artifact(made.tensors, {**made.meta, "shipped": made_by}), about)
+    return key
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="python -m methods.shipping", description="Learn what ships with the project."
+    )
+    parser.add_argument("method", help="a method with its options, as in a grid")
+    parser.add_argument("--samples", type=int, default=16, help="calibration sequences (default: 16)")
+    parser.add_argument("--length", type=int, default=512, help="tokens of each (default: 512)")
+    parser.add_argument("--threads", type=int, help="threads to learn with (default: torch's)")
+    arguments = parser.parse_args(given)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    command = f"python -m methods.shipping {shlex.join(given)}"
+    try:
+        key = ship(arguments.method, arguments.samples, arguments.length, command)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(artifacts.SHIPPED / f"{key}.safetensors")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
