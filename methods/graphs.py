@@ -17,7 +17,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 
 from kernels import ops
 from methods.cache import FixedCache, Rows
@@ -231,39 +230,6 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def kernel_seconds(decoding: Decoding, steps: int = 4) -> dict[str, float]:
-    """Where a step's time on the GPU goes, seconds by name of kernel: from the end of the kernel before it,
-    or its own start where that is later, to its end. So the parts add up although kernels begin early and
-    wait.
-
-    Means over `steps` steps behind the present length, to which the decoding returns, after one that is not
-    counted. Empty where the driver reports no kernels. ValueError where there is no room.
-    """
-    from torch.profiler import ProfilerActivity, profile
-
-    device, length, tokens = decoding.decoder.device, decoding.length, decoding.tokens.clone()
-    if device.type != "cuda":
-        return {}
-    decoding.step(tokens)
-    torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(steps):
-            decoding.step(tokens)
-        torch.cuda.synchronize(device)
-    decoding.truncate(length)
-    kernels = sorted(
-        (event.time_range.end, event.time_range.start, event.name)
-        for event in profiler.events() or ()
-        if event.device_type == DeviceType.CUDA
-    )
-    found: dict[str, float] = {}
-    before = 0.0
-    for end, start, name in kernels:
-        found[name] = found.get(name, 0.0) + (end - max(start, before)) / 1e6 / steps
-        before = end
-    return found
 
 
 def _rows(decoder: Decoder, batch: int, capacity: int, device: torch.device) -> list[tuple[Rows, Rows]]:

@@ -14,7 +14,7 @@ from methods.decoder import Decoder, State
 from methods.errors import UserError
 from methods.execution import merge_projections
 from methods.generate import generate
-from methods.graphs import Decoding, kernel_seconds
+from methods.graphs import Decoding
 from tests import families
 from tests.methods.small_checkpoint import run, save
 
@@ -215,23 +215,3 @@ def test_too_much_is_refused_with_bytes(checkpoints: dict[str, Checkpoint]) -> N
     with pytest.raises(UserError, match=r"takes [\d,]+ bytes, and [\d,]+ bytes of the GPU are free"):
         Decoding(decoder, 4096, 2**20)
     assert len(generate(decoder, IDS.cuda(), max_new_tokens=2)[0]) == 2
-
-
-def test_shares_of_a_step(checkpoints: dict[str, Checkpoint]) -> None:
-    """Parts of a step's time are positive and together no more than it takes."""
-    decoding = Decoding(build(checkpoints["llama-gqa-tied"], "w4a4kv4"), 3, 64)
-    decoding.prefill(IDS.cuda())
-    tokens = IDS[:, 0].cuda()
-    found = kernel_seconds(decoding)
-    if not found:
-        pytest.skip("the driver reports no kernels")
-    assert decoding.length == 40
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    decoding.step(tokens)
-    start.record()
-    for _ in range(8):
-        decoding.step(tokens)
-    end.record()
-    torch.cuda.synchronize()
-    assert all(seconds >= 0 for seconds in found.values())
-    assert 0 < sum(found.values()) < 3 * start.elapsed_time(end) / 8e3

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.half_precision import faults
 from kernels import ops
 from kernels.integer import int_matmul
 from kernels.reference import dequantise, linear, pack_weight, quantise
@@ -24,6 +23,7 @@ from methods.pipeline import Quantised
 from methods.pipeline import quantise as quantise_model
 from methods.registry import parse_method
 from tests import families
+from tests.half_precision import faults
 from tests.methods.small_checkpoint import CALIBRATION, save
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -129,7 +129,7 @@ def test_half_precision_errs_no_more_than_its_simulation(
     tmp_path: Path, name: str, method: str, bits: str, settings: dict[str, Any], dtype: torch.dtype
 ) -> None:
     """Against the simulation in float64, by half-layers, as a whole and through the cache, merged or not; the
-    criterion and its factor are harness/half_precision.py's. Heads of 64 and 128 channels have kernels."""
+    criterion and its factor are tests/half_precision.py's. Heads of 64 and 128 channels have kernels."""
     simulated = run(
         save(tmp_path, name), method, bits, "cuda", dtype, execution="simulate", **settings
     ).decoder

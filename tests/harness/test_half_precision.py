@@ -9,11 +9,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from harness.half_precision import errors, exact_twin, faults
 from methods.checkpoint import Checkpoint
 from methods.decoder import Block, Decoder
 from methods.execution import merge_projections, pack_decoder
 from tests import families
+from tests.half_precision import errors, exact_twin, faults
 from tests.methods.small_checkpoint import run, save
 
 IDS = families.tokens(2, 24, seed=3)

@@ -9,7 +9,7 @@ from torch import Tensor
 from methods.checkpoint import Checkpoint, from_transformers
 from methods.decoder import Decoder
 from methods.generate import generate, sample
-from methods.graphs import Decoding, cache_bytes, kernel_seconds
+from methods.graphs import Decoding, cache_bytes
 from tests import families
 from tests.families import relative
 from tests.methods.small_checkpoint import run, save
@@ -132,7 +132,6 @@ def test_room_and_misuse_are_named() -> None:
         Decoding(decoder, 0, 5)
     assert decoding.length == 0
     assert decoding.eager == "there is no GPU"
-    assert kernel_seconds(decoding) == {}
 
 
 def test_bytes_of_the_cache(checkpoints: dict[str, Checkpoint]) -> None:
