@@ -1,6 +1,10 @@
-"""Devices, as users name them."""
+"""Devices, as users name them, and the memory that work on them takes."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -20,3 +24,32 @@ def parse_device(text: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {text!r}: this machine has {torch.cuda.device_count()} GPU(s)")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """Gives a function that says how many bytes were taken inside at the most: on a GPU what torch had
+    allocated there, else the resident memory of the whole process; None where the system does not say."""
+    if device.type == "cuda":
+        torch.cuda.init()  # before its first use there are no statistics to begin anew
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the largest resident size counts anew
+    except OSError:
+        yield lambda: None
+        return
+    yield _largest_resident_size
+
+
+def _largest_resident_size() -> int | None:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    return None
