@@ -17,10 +17,10 @@ ALWAYS = {"load", "learn", "transform", "round", "evaluate"}
 """Stages with a column of their own whether or not a cell has them."""
 MEASURED = "As measured on the machine of the settings: mean over seeds, of memory the largest."
 LEARNED = """\
-Of the run that learned, on its device (mean over seeds, of memory the largest); cells of other bit-widths \
-and later runs take it from disk. Capture: passing the calibration text for a sample. Start: learning what \
-it starts from, capture included. Peak memory: while it learned, on a GPU what was allocated there, else of \
-the whole process, model and libraries included. Sample: kept in the host's memory."""
+Of the run that learned, on its device: of the quickest seed, of memory the largest; cells of other \
+bit-widths and later runs take it from disk. Capture: passing the calibration text for a sample. Start: \
+learning what it starts from, capture included. Peak memory: while it learned, on a GPU what was allocated \
+there, else of the whole process, model and libraries included. Sample: kept in the host's memory."""
 MEMORY = """\
 Computed: what the bit-widths promise, counted as in the effective bits: b bits a b-bit code, 16 bits a \
 scale, b bits a weight's zero-point and 16 a KV entry's, 16 bits a value that is not quantised. Measured: \
@@ -143,8 +143,7 @@ def _learning_section(rows: Costs) -> list[str]:
             line = [name, row.label, method]
             for key in (*stages.values(), *sizes.values()):
                 found = [number(facts[key]) for facts in runs if facts.get(key) is not None]
-                mean = sum(found) / len(found) if found else 0.0
-                value = mean if key in stages.values() else max(found, default=0.0) / MEBIBYTE
+                value = (min(found) if key in stages.values() else max(found) / MEBIBYTE) if found else 0.0
                 line.append(f"{value:.1f}" if found else "–")
             lines[(*line, distinct(facts.get("device") for facts in runs))] = None
     head = ["model", "method", "what", *(f"{stage} (s)" for stage in stages), *sizes, "device"]
