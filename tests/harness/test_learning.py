@@ -73,7 +73,15 @@ def learner(run: Path, name: str, facts: dict[str, Any], *, bits: str = "w4a4kv4
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    folder = tmp_path / "demo"
+    return filled(tmp_path / "demo")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return text_of(filled(tmp_path_factory.mktemp("read") / "demo"))
+
+
+def filled(folder: Path) -> Path:
     folder.mkdir()
     write_cell(folder, "float", "w16a16")
     write_cell(folder, "quarot", "w4a4kv4")
@@ -84,8 +92,8 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_tokens_losses_and_times_are_the_records(run: Path) -> None:
-    lines = table(text_of(run), SECTION)
+def test_tokens_losses_and_times_are_the_records(text: str) -> None:
+    lines = table(text, SECTION)
     spin, first, second = (
         next(line for line in lines if (line["method"], line["matrices"]) == names)
         for names in (("spinquant", "R1 and R2"), ("kurtail", "R1"), ("kurtail", "R2"))
@@ -96,8 +104,7 @@ def test_tokens_losses_and_times_are_the_records(run: Path) -> None:
         assert (line["steps"], line["loss"], line["error"]) == ("3", "0.900 → 0.250", "4e-06")
 
 
-def test_times_stand_among_the_costs(run: Path) -> None:
-    text = text_of(run)
+def test_times_stand_among_the_costs(text: str) -> None:
     assert text.index("### What learning took") > text.index("## Cost")
     (line,) = (
         line
@@ -108,9 +115,8 @@ def test_times_stand_among_the_costs(run: Path) -> None:
     assert (line["peak memory (MiB)"], line["sample (MiB)"], line["device"]) == ("3.0", "–", "a GPU")
 
 
-def test_gains_are_paired_and_stand_beside_the_papers(run: Path) -> None:
+def test_gains_are_paired_and_stand_beside_the_papers(text: str) -> None:
     """Made-up cells of one seed: the ratio of their perplexities, and what KurTail's abstract says."""
-    text = text_of(run)
     rows = {line["method"]: line for line in table(text, runs.MODEL)}
     lines = {(line["method"], line["against"]): line for line in table(text, GAINS)}
     assert {against for method, against in lines if method == "spinquant"} == {"quarot"}
@@ -146,15 +152,15 @@ def test_a_seed_that_failed_leaves_the_others(run: Path) -> None:
     assert GAINS in bare
 
 
-def test_inputs_of_blocks_before_and_after(run: Path) -> None:
-    lines = table(text_of(run), SECTION, 1)
+def test_inputs_of_blocks_before_and_after(text: str) -> None:
+    lines = table(text, SECTION, 1)
     assert lines[0]["method"] == "(before)"
     assert lines[0]["signal to noise (dB)"] == "8.0"
     assert next(line for line in lines if line["method"] == "kurtail")["signal to noise (dB)"] == "20.2"
 
 
-def test_a_curve_over_the_calibration_text(run: Path) -> None:
-    lines = table(text_of(run), SIZES)
+def test_a_curve_over_the_calibration_text(text: str) -> None:
+    lines = table(text, SIZES)
     assert [line["sequences"] for line in lines] == ["4", "16", "64"]
     assert {line["method"] for line in lines} == {"kurtail, w4a4kv4"}
     assert all(line["kurtosis"] == "2.033" for line in lines)
