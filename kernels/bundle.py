@@ -30,6 +30,7 @@ from pathlib import Path
 
 LOCK = Path(__file__).resolve().parents[1] / "requirements.lock"
 GRID = (
+    *("transformers", "tokenizers", "huggingface_hub", "httpx2", "httpcore2", "h11", "anyio", "truststore"),
     *("lm_eval", "datasets", "pyarrow", "multiprocess", "dill", "xxhash", "gguf"),
     *("requests", "urllib3", "certifi", "idna", "charset-normalizer", "platformdirs", "psutil", "pytz"),
     *("sacrebleu", "portalocker", "colorama", "lxml", "chardet", "regex", "Jinja2", "MarkupSafe", "PyYAML"),
@@ -238,7 +239,7 @@ def parser() -> argparse.ArgumentParser:
     collecting.add_argument(
         "--data", type=Path, nargs="*", default=[], metavar="FOLDER", help="folders that travel as they are"
     )
-    collecting.add_argument("--megabytes", type=int, default=42, metavar="N", help="of a part (default: 42)")
+    collecting.add_argument("--megabytes", type=int, default=46, metavar="N", help="of a part (default: 46)")
     unpacking = verbs.add_parser("unpack", help="take over one part, and install what is complete")
     unpacking.add_argument("part", type=Path)
     unpacking.add_argument("target", type=Path, help="a folder outside the checkout")

@@ -12,8 +12,8 @@ from torch import Tensor
 SHRINK_STEPS, SHRINK_GRID, ERROR_EXPONENT = 80, 100, 2.4
 _SCALE_FLOOR = 1e-5
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 25}
-"""Values searched at a time. CPU: few enough for the cache, enough to keep several cores busy. GPU: enough that
-the search is not bound by its launches."""
+"""Values searched at a time. CPU: few enough for the cache, enough to keep several cores busy. GPU: enough
+that the search is not bound by its launches."""
 
 
 def code_bounds(bits: int, symmetric: bool) -> tuple[int, int]:
