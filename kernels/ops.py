@@ -117,10 +117,9 @@ def linear(
 ) -> Tensor:
     """`reference.linear`; the reference says by which routes its integer products were formed."""
     name = f"linear w{w.bits}a{16 if isinstance(x, Tensor) else x.bits}"
-    device = (x if isinstance(x, Tensor) else x.codes).device
     keywords: dict[str, Any] = {"x_keep": x_keep, "w_keep": w_keep, "row_scale": row_scale, "bias": bias}
     keywords["dtype"] = dtype
-    reason = _no_kernel_on(device)
+    reason = _no_kernel_for(x if isinstance(x, Tensor) else x.codes)
     if reason is None:
         try:
             kernel = _kernels(linear_kernel(x, x_keep))
@@ -232,7 +231,7 @@ def rope_append(
 def kv_append(rows: PackedRows, x: Tensor, start: int | Tensor, *, clip: float = 1.0) -> None:
     """`kv_reference.kv_append`."""
     kv_reference.kv_append(rows, x, start, clip=clip)
-    reason = _no_kernel_on(x.device)
+    reason = _no_kernel_for(x)
     _count(f"kv_append kv{rows.bits}", "no kernel" if reason is None else reason)
 
 
@@ -265,11 +264,11 @@ def kernel_file(operation: str, *operands: Any, **keywords: Any) -> str | None:
     return _FILES.get(operation)
 
 
-def _no_kernel_on(device: torch.device) -> str | None:
-    """Why none is to run on `device`: empty where kernels are no question, None where one may."""
-    if device.type != "cuda":
+def _no_kernel_for(x: Tensor) -> str | None:
+    """Why none is to run where x lies: empty where kernels are no question, None where one may."""
+    if not x.is_cuda:
         return ""
-    return "asked for" if _reference_only.get() else no_kernels_on(device)
+    return "asked for" if _reference_only.get() else no_kernels_on(x.device)
 
 
 def _run(
@@ -277,7 +276,7 @@ def _run(
 ) -> Any:
     """The kernel of that name, or where it refuses the operands its definition. width: of codes, as the
     account names it behind the operation."""
-    reason = _no_kernel_on(operands[0].device)
+    reason = _no_kernel_for(operands[0])
     if reason is None:
         try:
             kernel = getattr(_kernels(_FILES[operation]), operation)

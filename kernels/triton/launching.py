@@ -8,6 +8,7 @@ launched by triton only once for each form; triton returns what it compiled, and
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -25,8 +26,6 @@ MOST = 2048
 ALIGNED = 16
 """Bytes. Triton compiles a kernel anew where an operand does not begin at a multiple of them."""
 
-_FORMED = {Tensor, Parameter, Quantised, PackedWeight, PackedRows}
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -37,35 +36,54 @@ def form(value: Any) -> Any:
     Of a tensor: shape, strides, dtype, device, its place between multiples of ALIGNED bytes, and whether it
     needs gradients. Of what holds tensors, all of its fields. Anything else is its own form.
     """
-    if isinstance(value, Tensor):
-        return (
-            value.shape,
-            value.stride(),
-            value.dtype,
-            value.device,
-            value.data_ptr() % ALIGNED,
-            value.requires_grad,
-        )
-    if isinstance(value, (Quantised, PackedWeight, PackedRows)):
-        return type(value), *map(form, vars(value).values())
-    return value
+    of = _FORMS.get(type(value))
+    return value if of is None else of(value)
+
+
+def _of_tensor(x: Tensor) -> Any:
+    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNED, x.requires_grad
+
+
+def _of_codes(q: Quantised) -> Any:
+    return _of_tensor(q.codes), _of_tensor(q.scale), form(q.zero), q.group, q.bits
+
+
+def _of_kept(value: PackedWeight | PackedRows) -> Any:
+    """Found once, and kept with what stays as it is and meets many inputs."""
+    held = vars(value)
+    if _FORM not in held:
+        held[_FORM] = tuple(form(getattr(value, field.name)) for field in fields(value))
+    return held[_FORM]
+
+
+_FORM = "_form"
+_FORMS: dict[type, Callable[[Any], Any]] = {
+    Tensor: _of_tensor,
+    Parameter: _of_tensor,
+    Quantised: _of_codes,
+    PackedWeight: _of_kept,
+    PackedRows: _of_kept,
+}
 
 
 def by_form(function: Callable[P, T]) -> Callable[P, T]:
     """`function`, computed once for arguments of one form, and anew where gradients are switched on or off.
     It must depend on nothing else of them, and not keep them; what it raises is not remembered."""
     found: dict[Any, T] = {}
+    of = _FORMS.get
 
     @wraps(function)
     def remembered(*args: P.args, **kwargs: P.kwargs) -> T:
         values = (*args, *kwargs.values())
-        kinds = *map(type, values), *kwargs, torch.is_grad_enabled()
-        key = kinds, *[form(x) if kind in _FORMED else x for x, kind in zip(values, kinds, strict=False)]
+        kinds = *map(type, values), *kwargs, torch.is_grad_enabled()  # 1 == 1.0 == True
+        key = kinds, *[x if (f := of(kind)) is None else f(x) for x, kind in zip(values, kinds, strict=False)]
         try:
             return found[key]
         except KeyError:
             pass
         result = function(*args, **kwargs)
+        if any(isinstance(part, Tensor) for part in key):  # of a subclass, whose form is not known
+            return result
         if len(found) >= MOST:
             found.clear()
         found[key] = result
@@ -91,16 +109,19 @@ class Launch:
         device: torch.device,
     ) -> None:
         self._kernel, self._grid = kernel, (*grid, 1, 1)[:3]
-        self._numbers, self._constants, self._options = numbers, dict(constants), dict(options)
-        self._index = device.index if device.type == "cuda" else None
-        self._rest = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
-        self._compiled: Callable[..., object] | None = None
+        self._numbers, self._keywords = numbers, {**constants, **options}
+        self._device = device.index if device.type == "cuda" else None
+        # What is compiled is called with the constants too, and does not look at them.
+        self._behind = *numbers, *(constants[name] for name in kernel.arg_names if name in constants)
+        self._run: Callable[..., object] | None = None
+        self._about: tuple[Any, ...] = ()
 
     def __call__(self, *pointers: Tensor | TensorDescriptor | int | None) -> None:
         """Launch it on the current stream of the operands' device. pointers: each of one dtype, or None, in
         all calls; an integer in the place of one is a number that the kernel does not specialise."""
-        if self._index is not None and self._index != torch.cuda.current_device():
-            with torch.cuda.device(self._index):
+        device = self._device
+        if device is not None and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
                 return self(*pointers)
         places = 0
         arguments: list[Any] = []
@@ -112,12 +133,15 @@ class Launch:
             else:
                 arguments.append(pointer)
         aligned = places % ALIGNED == 0
-        if aligned and self._compiled is not None:
-            self._compiled(*arguments, *self._rest)
+        if aligned and self._run is not None:
+            stream = triton.runtime.driver.active.get_current_stream(device)
+            self._run(*self._grid, stream, *self._about, *arguments, *self._behind)
             return None
-        compiled = self._kernel[self._grid](*pointers, *self._numbers, **self._constants, **self._options)
+        compiled = self._kernel[self._grid](*pointers, *self._numbers, **self._keywords)
         if aligned and isinstance(compiled, triton.compiler.CompiledKernel):
-            self._compiled = compiled[self._grid]
+            # As triton launches it, but without metadata for hooks, and hooks to be called before and after.
+            self._about = compiled.function, compiled.packed_metadata, None, None, None
+            self._run = compiled.run
         return None
 
 
