@@ -31,7 +31,7 @@ from kernels import integer, kv_reference, pass_reference, reference
 from kernels.kv_reference import PackedRows, Rows
 from kernels.pass_reference import Normalised, Normed
 from kernels.reference import PackedWeight, Quantised, Quantiser
-from kernels.refusals import Unsupported
+from kernels.refusals import UnsupportedError
 
 FEW_ROWS = 16
 """Rows of a linear's codes up to which reading the weight takes the time."""
@@ -101,7 +101,7 @@ def quantise(
 ) -> Quantised:
     """`pass_reference.quantise`: of x, or of silu(gate) * x."""
     keywords = {"symmetric": symmetric, "clip": clip, "group": group, "scale": scale, "zero": zero}
-    q: Quantised = _run("quantise", f" a{bits}", x, bits, gate=gate, **keywords)
+    q: Quantised = _run(pass_reference, "quantise", f" a{bits}", x, bits, gate=gate, **keywords)
     return q
 
 
@@ -124,7 +124,7 @@ def linear(
         try:
             kernel = _kernels(linear_kernel(x, x_keep))
             y: Tensor = kernel.linear(x, w, **keywords, weights_at_rest=_at_rest.get())
-        except Unsupported as refused:
+        except UnsupportedError as refused:
             reason = refused.reason
     if reason is not None:
         before = integer.routes_taken.copy()
@@ -158,7 +158,7 @@ def rmsnorm(
 ) -> Normed:
     """`pass_reference.rmsnorm`: of x, or of its sum with `add`."""
     keywords = {"add": add, "eps": eps, "divisor": divisor, "gain": gain, "row_scale": row_scale}
-    result: Normed = _run("rmsnorm", "", x, **keywords)
+    result: Normed = _run(pass_reference, "rmsnorm", "", x, **keywords)
     return result
 
 
@@ -175,19 +175,21 @@ def rmsnorm_quantise(
 ) -> Normalised:
     """`pass_reference.rmsnorm_quantise`: of x, or of its sum with `add`."""
     keywords = {"add": add, "eps": eps, "divisor": divisor, "gain": gain, "row_scale": row_scale}
-    result: Normalised = _run("rmsnorm_quantise", f" a{quantiser['bits']}", x, **keywords, keep=keep, **quantiser)
+    result: Normalised = _run(
+        pass_reference, "rmsnorm_quantise", f" a{quantiser['bits']}", x, **keywords, keep=keep, **quantiser
+    )
     return result
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """`pass_reference.gated`: silu(gate) * up."""
-    y: Tensor = _run("gated", "", gate, up)
+    y: Tensor = _run(pass_reference, "gated", "", gate, up)
     return y
 
 
 def hadamard(x: Tensor, *, gate: Tensor | None = None, size: int, inner: int = 1) -> Tensor:
     """`pass_reference.hadamard`: the transform alone, of x or of silu(gate) * x."""
-    y: Tensor = _run("hadamard", "", x, gate=gate, size=size, inner=inner)
+    y: Tensor = _run(pass_reference, "hadamard", "", x, gate=gate, size=size, inner=inner)
     return y
 
 
@@ -203,7 +205,7 @@ def hadamard_quantise(
     """`pass_reference.hadamard_quantise`: of x, or of silu(gate) * x."""
     keywords = {"gate": gate, "size": size, "inner": inner, "keep": keep}
     result: tuple[Tensor | None, Quantised] = _run(
-        "hadamard_quantise", f" a{quantiser['bits']}", x, **keywords, **quantiser
+        pass_reference, "hadamard_quantise", f" a{quantiser['bits']}", x, **keywords, **quantiser
     )
     return result
 
@@ -223,8 +225,8 @@ def rope_append(
 ) -> Tensor:
     """`kv_reference.rope_append`."""
     operands = (query, key, value, cos, sin, keys, values, start)
-    name, width = "rope_append", f" kv{_kv_bits(keys)}"
-    out: Tensor = _run(name, width, *operands, hadamard=hadamard, clip=clip, definitions=kv_reference)
+    width, options = f" kv{_kv_bits(keys)}", {"hadamard": hadamard, "clip": clip}
+    out: Tensor = _run(kv_reference, "rope_append", width, *operands, **options)
     return out
 
 
@@ -240,7 +242,7 @@ def kv_attention(
 ) -> Tensor:
     """`kv_reference.kv_attention`."""
     operands, width = (query, keys, values, length), f" kv{_kv_bits(keys)}"
-    out: Tensor = _run("kv_attention", width, *operands, mask=mask, definitions=kv_reference)
+    out: Tensor = _run(kv_reference, "kv_attention", width, *operands, mask=mask)
     return out
 
 
@@ -271,17 +273,15 @@ def _no_kernel_for(x: Tensor) -> str | None:
     return "asked for" if _reference_only.get() else no_kernels_on(x.device)
 
 
-def _run(
-    operation: str, width: str, /, *operands: Any, definitions: ModuleType = pass_reference, **keywords: Any
-) -> Any:
-    """The kernel of that name, or where it refuses the operands its definition. width: of codes, as the
+def _run(definitions: ModuleType, operation: str, width: str, /, *operands: Any, **keywords: Any) -> Any:
+    """The kernel of that name, or where it refuses the operands, its definition. width: of codes, as the
     account names it behind the operation."""
     reason = _no_kernel_for(operands[0])
     if reason is None:
         try:
             kernel = getattr(_kernels(_FILES[operation]), operation)
             result = kernel(*operands, **keywords, overlapped=_at_rest.get())
-        except Unsupported as refused:
+        except UnsupportedError as refused:
             reason = refused.reason
     if reason is not None:
         result = getattr(definitions, operation)(*operands, **keywords)

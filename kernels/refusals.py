@@ -1,7 +1,7 @@
 """What a kernel raises for operands that it does not take."""
 
 
-class Unsupported(ValueError):
+class UnsupportedError(ValueError):
     """reason: why, in a phrase, as a kernel's `unsupported` says it."""
 
     def __init__(self, kernel: str, reason: str) -> None:

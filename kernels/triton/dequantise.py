@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from kernels.compiled import Compilation, divisible
 from kernels.reference import PackedWeight, Quantised
-from kernels.refusals import Unsupported
+from kernels.refusals import UnsupportedError
 from kernels.triton.launching import Launch, by_form
 from kernels.triton.operands import HALVES, Beside
 
@@ -65,7 +65,7 @@ def linear(
 def _check(x: Tensor, w: PackedWeight, **beside: Unpack[Beside]) -> None:
     reason = unsupported(x, w, **beside)
     if reason is not None:
-        raise Unsupported("the linear of a dequantised weight cannot run here:", reason)
+        raise UnsupportedError("the linear of a dequantised weight cannot run here:", reason)
 
 
 def dequantise(w: PackedWeight, dtype: torch.dtype, *, choice: Choice | None = None) -> Tensor:

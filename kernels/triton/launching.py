@@ -74,8 +74,8 @@ def by_form(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def remembered(*args: P.args, **kwargs: P.kwargs) -> T:
-        values = (*args, *kwargs.values())
-        kinds = *map(type, values), *kwargs, torch.is_grad_enabled()  # 1 == 1.0 == True
+        values: tuple[Any, ...] = (*args, *kwargs.values())
+        kinds: tuple[Any, ...] = *map(type, values), *kwargs, torch.is_grad_enabled()  # 1 == 1.0 == True
         key = kinds, *[x if (f := of(kind)) is None else f(x) for x, kind in zip(values, kinds, strict=False)]
         try:
             return found[key]

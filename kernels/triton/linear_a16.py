@@ -23,7 +23,7 @@ from torch import Tensor
 from kernels import tuning
 from kernels.compiled import Compilation
 from kernels.reference import PackedWeight, Quantised
-from kernels.refusals import Unsupported
+from kernels.refusals import UnsupportedError
 from kernels.triton import few_rows
 from kernels.triton.few_rows import flat, pieces, tokens
 from kernels.triton.launching import Launch, by_form
@@ -104,7 +104,7 @@ def linear(
 def _check(x: Tensor, w: PackedWeight, **beside: Unpack[Beside]) -> None:
     reason = unsupported(x, w, **beside)
     if reason is not None:
-        raise Unsupported("the linear for few 16-bit rows cannot run here:", reason)
+        raise UnsupportedError("the linear for few 16-bit rows cannot run here:", reason)
 
 
 @by_form

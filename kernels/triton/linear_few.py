@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels import tuning
 from kernels.compiled import Compilation
 from kernels.reference import PackedWeight, Quantised
-from kernels.refusals import Unsupported
+from kernels.refusals import UnsupportedError
 from kernels.triton import few_rows
 from kernels.triton.codegen import high_nibbles, low_nibbles
 from kernels.triton.few_rows import (
@@ -95,7 +95,7 @@ def _launch(
     """None where there are no rows."""
     reason = unsupported(x, w, **beside)
     if reason is not None:
-        raise Unsupported("the linear for few rows cannot run here:", reason)
+        raise UnsupportedError("the linear for few rows cannot run here:", reason)
     n, k = w.packed.shape[0], w.inputs
     m = x.codes.numel() // k
     if m == 0:

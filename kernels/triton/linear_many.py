@@ -27,7 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels import tuning
 from kernels.compiled import Compilation, launch
 from kernels.reference import PackedWeight, Quantised
-from kernels.refusals import Unsupported
+from kernels.refusals import UnsupportedError
 from kernels.triton import operands
 from kernels.triton.launching import Launch, Tiles, by_form
 from kernels.triton.linear_many_choices import (
@@ -81,7 +81,7 @@ def _made(
     """The launch, what cuts its operands, and whether programs share tiles; None where there are no rows."""
     reason = unsupported(x, w, **beside) or _no_gpu(x.codes)
     if reason is not None:
-        raise Unsupported("the linear for many rows cannot run here:", reason)
+        raise UnsupportedError("the linear for many rows cannot run here:", reason)
     outputs, inputs, device = w.packed.shape[0], w.inputs, x.codes.device
     codes = matrix(x.codes)
     rows, available = codes.shape[0], processors(device)

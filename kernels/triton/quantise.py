@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels import tuning
 from kernels.compiled import Compilation, divisible
 from kernels.reference import Quantised, Quantiser
-from kernels.refusals import Unsupported
+from kernels.refusals import UnsupportedError
 from kernels.triton.launching import Launch, by_form
 from kernels.triton.rounding import codes, gated, largest, rounding, scale_and_zero, smallest
 
@@ -219,9 +219,9 @@ def unsupported_quantiser(
 
 
 def check(reason: str | None) -> None:
-    """Raise Unsupported for a reason of `unsupported`."""
+    """Raise UnsupportedError for a reason of `unsupported`."""
     if reason is not None:
-        raise Unsupported("the Triton kernel does not take", reason)
+        raise UnsupportedError("the Triton kernel does not take", reason)
 
 
 def rows_of(x: Tensor) -> Tensor:
