@@ -13,6 +13,7 @@ from kernels import integer, kv_reference, ops, pass_reference, reference
 from kernels.kv_reference import kv_rows
 from kernels.packing import packed_width
 from kernels.reference import PackedWeight, Quantised, pack_weight
+from kernels.refusals import UnsupportedError
 
 
 @pytest.fixture(autouse=True)
@@ -102,12 +103,14 @@ class Kernels:
     def __init__(self, file: str) -> None:
         self.file = file
 
-    def unsupported(self, *operands: Any, **keywords: Any) -> str | None:
-        bits = [keywords.get("bits"), *(x.bits for x in operands if isinstance(x, PackedWeight))]
-        return "3-bit codes" if 3 in (*bits, *(o for o in operands if isinstance(o, int))) else None
-
     def __getattr__(self, operation: str) -> Any:
-        return lambda *operands, **keywords: (self.file, operation, keywords)
+        def run(*operands: Any, **keywords: Any) -> tuple[str, str, dict[str, Any]]:
+            bits = [keywords.get("bits"), *(x.bits for x in operands if isinstance(x, PackedWeight))]
+            if 3 in (*bits, *(o for o in operands if isinstance(o, int))):
+                raise UnsupportedError("the kernel does not take", "3-bit codes")
+            return self.file, operation, keywords
+
+        return run
 
 
 @pytest.fixture
