@@ -38,8 +38,8 @@ A simulated cell holds floats in the settings' dtype, of weights also the codes,
 has nothing to pack: it is one and the same cell in either execution."""
 OPERATIONS = """\
 Calls while tasks were scored, over all cells of int4 execution; of an interrupted cell, each task has the \
-calls of the run that scored it. They are the host's calls: a decoding that replays a CUDA graph counts the \
-passes from which the graph was made, not its replays. What no implementation can run ends its cell with an \
+calls of the run that scored it. A replay of a CUDA graph counts as the calls that the graph was captured \
+with. What no implementation can run ends its cell with an \
 error and is not simulated instead. kv16 stands for a cache that is not quantised. Not listed: embedding, \
 lm_head, and linears whose weights are not quantised, which the notes on methods name."""
 TUNED = """\

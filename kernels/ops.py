@@ -53,7 +53,11 @@ _FILES = {
     "kv_attention": "kv_attention",
 }
 
-_counts: dict[str, Counter[str]] = {}
+Calls = dict[str, Counter[str]]
+"""How often each implementation ran, by operation."""
+
+_counts: Calls = {}
+_account = ContextVar("account", default=_counts)
 _reference_only = ContextVar("reference_only", default=False)
 _at_rest = ContextVar("weights_at_rest", default=False)
 
@@ -66,6 +70,24 @@ def implementations() -> dict[str, dict[str, int]]:
 def reset_implementations() -> None:
     """Start counting anew."""
     _counts.clear()
+
+
+@contextmanager
+def counted_apart() -> Iterator[Calls]:
+    """Gives what is called inside, which the account does not show: of a CUDA graph that is captured, since
+    then nothing runs. `count_replay` enters it."""
+    calls: Calls = {}
+    token = _account.set(calls)
+    try:
+        yield calls
+    finally:
+        _account.reset(token)
+
+
+def count_replay(calls: Calls) -> None:
+    """Enter calls once more: of a CUDA graph that was captured with them and is replayed."""
+    for name, counts in calls.items():
+        _counts.setdefault(name, Counter()).update(counts)
 
 
 @contextmanager
@@ -329,4 +351,4 @@ def _set(switch: ContextVar[bool]) -> Iterator[None]:
 def _count(name: str, reason: str | None) -> None:
     """reason: why no kernel ran, or how the reference did; None where a kernel ran."""
     implementation = "triton" if reason is None else f"reference ({reason})" if reason else "reference"
-    _counts.setdefault(name, Counter())[implementation] += 1
+    _account.get().setdefault(name, Counter())[implementation] += 1

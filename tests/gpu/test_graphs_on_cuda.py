@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from kernels import ops
 from methods.checkpoint import Checkpoint
 from methods.decoder import Decoder, State
 from methods.errors import UserError
@@ -170,6 +172,36 @@ def test_a_step_allocates_nothing(checkpoints: dict[str, Checkpoint]) -> None:
         decoding.step(tokens)
     torch.cuda.synchronize()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_what_replays_run_is_counted(checkpoints: dict[str, Checkpoint], bits: str) -> None:
+    """As often, and by the same implementations, as when the host launches it."""
+    decoder = build(checkpoints["llama-gqa-tied"], bits)
+    found = []
+    for decoding in (Decoding(decoder, 3, 64), launched(decoder, 3, 64)):
+        decoding.prefill(IDS[:, :PROMPT].cuda())
+        steps(decoding, IDS[:, : PROMPT + 1], PROMPT)  # captures
+        ops.reset_implementations()
+        steps(decoding, IDS, PROMPT + 1)
+        found.append(ops.implementations())
+    assert found[0] == found[1] and found[0]
+
+
+def test_replaced_weights_are_not_those_of_the_graph(checkpoints: dict[str, Checkpoint]) -> None:
+    decoder = build(checkpoints["llama-gqa-tied"], "w4a8kv8")
+    decoding = Decoding(decoder, 3, 60)
+    options: dict[str, Any] = {"max_new_tokens": 20}
+    generate(decoder, IDS.cuda(), **options, decoding=decoding)
+    first = decoding._graphs[False]
+    generate(decoder, IDS.cuda(), **options, decoding=decoding)
+    assert decoding._graphs[False] is first
+    for _, linear in decoder.linears():
+        assert linear.packed is not None
+        linear.packed = replace(linear.packed, scale=linear.packed.scale.flip(0).contiguous())
+    want = generate(decoder, IDS.cuda(), **options, decoding=launched(decoder, 3, 60))
+    assert generate(decoder, IDS.cuda(), **options, decoding=decoding) == want
+    assert decoding._graphs[False] is not first
 
 
 def test_what_waits_for_the_host_is_launched(checkpoints: dict[str, Checkpoint]) -> None:

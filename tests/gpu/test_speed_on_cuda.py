@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from harness import power, speed_matrix, speed_report
+from harness import power, speed_matrix, speed_passes, speed_report
 from harness.speed_shapes import SHAPES, tiny
 
 torch = pytest.importorskip("torch")
@@ -47,6 +47,16 @@ def test_everything_runs_by_kernels_and_graphs(record: dict[str, Any]) -> None:
         assert row["eager"] is None, row
     for operation in ("linear w4a8", "linear w4a4", "rmsnorm_quantise a4", "rope_append kv4"):
         assert any(name.startswith("triton") for name in record["implementations"][operation]), operation
+
+
+def test_replays_are_counted(record: dict[str, Any]) -> None:
+    """Of one layer, each replay is one call of an operation that a layer has once."""
+    rows = [row for row in record["results"] if (row["form"], row["phase"]) == ("w4a4kv4", "decode")]
+    least = len(rows) * (record["turns"] + 1) * speed_passes.STEPS
+    assert record["replays_counted"]
+    for operation in ("rope_append kv4", "kv_attention kv4"):
+        found = record["implementations"][operation]
+        assert sum(count for name, count in found.items() if name.startswith("triton")) >= least > 0
 
 
 def test_the_peak_is_at_least_what_is_held(record: dict[str, Any]) -> None:

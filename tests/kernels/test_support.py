@@ -25,6 +25,7 @@ def answers() -> dict[str, tuple[Answer, Answer]]:
 
 def test_every_operation_is_asked_about() -> None:
     switches = {"implementations", "reset_implementations", "reference_only", "weights_at_rest"}
+    switches |= {"counted_apart", "count_replay"}
     helpers = {"refusal", "linear_kernel", "kernel_file", "unfit_triton"}
     helpers |= {"contextmanager", "cache", "find_spec"}
     operations = {name for name, _ in inspect.getmembers(ops, inspect.isfunction) if not name.startswith("_")}
