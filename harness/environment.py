@@ -30,7 +30,7 @@ _PRESENTATION = {
         *("grid", "engine", "worker", "store", "progress"),
         *("parity", "parity_report", "agreement", "side_by_side", "odd_models"),
         *("speed", "speed_bench", "speed_matrix", "speed_passes", "speed_report", "speed_shapes"),
-        *("speed_shares", "speed_targets", "speed_work", "power", "markdown", "cell_speed"),
+        *("speed_shares", "speed_targets", "speed_work", "power", "markdown", "cell_speed", "neighbours"),
     )
 } | {
     *("kernels/bench.py", "kernels/contests.py", "kernels/timing.py"),

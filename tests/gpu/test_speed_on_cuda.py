@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from harness import power, speed_matrix, speed_passes, speed_report
+from harness.neighbours import neighbours
 from harness.speed_shapes import SHAPES, tiny
 
 torch = pytest.importorskip("torch")
@@ -88,6 +89,16 @@ def test_energy_is_positive_where_there_is_a_meter(record: dict[str, Any]) -> No
 def test_the_report_is_made_of_it(record: dict[str, Any]) -> None:
     text = speed_report.report(record)
     assert "### layer: decode" in text and "time of each operation" in text
+
+
+def test_what_torch_holds_here_is_nobody_elses() -> None:
+    device = torch.device("cuda")
+    torch.zeros(1, device=device)
+    before = neighbours(device)
+    held = torch.empty(2**31, dtype=torch.uint8, device=device)
+    after = neighbours(device)
+    assert abs(after["gpu_bytes"] - before["gpu_bytes"]) < held.nbytes / 8
+    assert after["gpu_processes"] is None or after["gpu_processes"] >= 0
 
 
 def test_what_the_gpu_cannot_hold_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
