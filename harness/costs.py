@@ -31,7 +31,7 @@ Speed on a small workload, one sequence, the best of up to three runs: {}. Perpl
 first text, mean accuracy as above. The peak is what a GPU had allocated meanwhile, weights included. How \
 the time depends on batch and context is measured by `python -m harness.speed`."""
 SHARED = """\
-‡: others used the machine when this was timed, so it may be faster alone: {}. Unmarked: by the load \
+¶: others used the machine when this was timed, so it may be faster alone: {}. Unmarked: by the load \
 average, and by processes and memory on a GPU, nobody did, or the record does not tell."""
 INT4 = """\
 Rows of int4 execution measure more than computed where scales are float32 (zero-points of weights too, \
@@ -107,7 +107,7 @@ def _speed_section(models: Sequence[Model]) -> list[str]:
             line.append(mean_accuracy_text(row, model.accuracies) if model.accuracies else "–")
             timed = [speed for speed in found if not speed.get("reason")]
             reasons = [why for speed in timed if "neighbours" in speed for why in shared(speed["neighbours"])]
-            mark = "‡" if reasons else ""
+            mark = "¶" if reasons else ""
             others += reasons
             for phase in ("prefill", "decode"):
                 rates = [number(speed[f"{phase}_tokens_per_second"]) for speed in timed]

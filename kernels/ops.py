@@ -142,7 +142,7 @@ def linear(
     keywords["dtype"] = dtype
     reason = _refusal_on(device, "linear", x, w, **keywords)
     if reason is None:
-        kernel = _kernels(linear_kernel(x, x_keep))
+        kernel = _kernels(linear_kernel(x, w, x_keep))
         y: Tensor = kernel.linear(x, w, **keywords, weights_at_rest=_at_rest.get())
     else:
         before = integer.routes_taken.copy()
@@ -153,14 +153,15 @@ def linear(
     return y
 
 
-def linear_kernel(x: Tensor | Quantised, x_keep: Tensor | None = None) -> str:
+def linear_kernel(x: Tensor | Quantised, w: PackedWeight, x_keep: Tensor | None = None) -> str:
     """The file of kernels/triton that is meant for a linear of x.
 
-    Many rows of floating-point inputs, or some beside kept channels, meet a dequantised weight in one dense
-    product.
+    Many rows of floating-point inputs, or some beside kept channels or with groups of weights that the kernel
+    for few rows does not take, meet a dequantised weight in one dense product.
     """
     if isinstance(x, Tensor):
         few = x_keep is None and x.numel() <= FEW_A16_ROWS * x.shape[-1]
+        few = few and _kernels("linear_a16").takes_groups(w)
         return "linear_a16" if few else "dequantise"
     return "linear_few" if x.codes.numel() <= FEW_ROWS * x.codes.shape[-1] else "linear_many"
 
@@ -289,7 +290,7 @@ def refusal(operation: str, *operands: Any, **keywords: Any) -> str | None:
 def kernel_file(operation: str, *operands: Any, **keywords: Any) -> str | None:
     """The file of kernels/triton that is meant for an operation, None where there is none."""
     if operation == "linear":
-        return linear_kernel(operands[0], keywords.get("x_keep"))
+        return linear_kernel(operands[0], operands[1], keywords.get("x_keep"))
     return _FILES.get(operation)
 
 

@@ -136,7 +136,7 @@ def test_the_report_marks_a_cell_whose_machine_was_shared(tmp_path: Path) -> Non
     float_line, rtn_line = (
         next(line for line in section.splitlines() if f"| {name}" in line) for name in ("float", "rtn")
     )
-    assert "1,234.5‡" in rtn_line and "67.9‡" in rtn_line and "‡" not in float_line
+    assert "1,234.5¶" in rtn_line and "67.9¶" in rtn_line and "¶" not in float_line
     assert "so it may be faster alone: load 9.0 with 2 threads of its own." in section
 
 
