@@ -33,7 +33,7 @@ _PRESENTATION = {
         *("speed_shares", "speed_targets", "speed_work", "power", "markdown", "cell_speed", "neighbours"),
     )
 } | {
-    *("kernels/bench.py", "kernels/contests.py", "kernels/timing.py"),
+    *("kernels/bench.py", "kernels/command.py", "kernels/contests.py", "kernels/timing.py"),
     *("methods/export.py", "methods/compressed.py"),
     *("methods/packed_checkpoint.py", "methods/checkpoint_folder.py"),
 }

@@ -21,6 +21,7 @@ from harness.speed_matrix import SCHEMA
 from harness.speed_shapes import ONLINE
 from harness.speed_targets import BASELINE, judge
 from harness.store import os_reason, write_text
+from kernels.command import run_command
 from kernels.timing import Timing, duration, spread
 from methods.errors import UserError
 
@@ -306,4 +307,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -9,8 +9,8 @@ the checkout (the next transfer may replace them), joins the files that are comp
 and installs those that are wheels, so what lies in the first parts works before the last one has come. The
 peers' small wheels come first, then the large ones, then data.
 
-It stands in this package, and imports the standard library alone, because it must run on a bare machine from
-the sources that travel there.
+It stands in this package, and imports the standard library and what needs no more, because it must run on a
+bare machine from the sources that travel there.
 """
 
 import argparse
@@ -24,6 +24,8 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from kernels.command import run_command
 
 WHEELS = ("humming-kernels==0.1.19", "bitsandbytes==0.50.2", "mslk-cuda==1.1.0", "gguf==0.19.0")
 SOURCES = ("gemlite==0.6.0.post2",)
@@ -243,4 +245,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

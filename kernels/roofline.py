@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from kernels.command import run_command
 from kernels.targets import BASELINE, COPY, SHAPE, W4A8, W4A16
 from kernels.timing import duration
 from kernels.verdicts import (
@@ -272,4 +273,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)
