@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import ops
 from methods.checkpoint import Checkpoint
-from methods.decoder import Decoder, State
+from methods.decoder import Block, Decoder, State
 from methods.errors import UserError
 from methods.execution import merge_projections
 from methods.generate import generate
@@ -130,6 +130,42 @@ def test_steps_are_as_close_to_a_whole_pass_as_half_precision_is(
 
 def distance(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", ["qwen3-qk-norm", "llama-gqa-tied"])
+def test_a_context_that_attention_splits(
+    checkpoints: dict[str, Checkpoint], name: str, bits: str, padded: bool
+) -> None:
+    """Replays give what launches do to the last bit, and both are as near to float64 as a whole pass is."""
+    decoder = build(checkpoints[name], bits)
+    config, capacity, prompt = decoder.config, 2048, 1990
+    assert splits(decoder, 3, capacity) > 1
+    ids = families.tokens(3, prompt + 8, seed=7)
+    mask = (torch.arange(prompt + 8) >= torch.tensor([[0], [333], [1900]])).cuda() if padded else None
+    found = []
+    for decoding in (Decoding(decoder, 3, capacity), launched(decoder, 3, capacity)):
+        decoding.prefill(ids[:, :prompt].cuda(), None if mask is None else mask[:, :prompt])
+        found.append(steps(decoding, ids, prompt))
+        assert captured(decoding) is (len(found) == 1)
+    assert torch.equal(*found)
+    whole = decoder(ids.cuda(), mask=mask)[:, prompt:]
+    want = copy.deepcopy(decoder).to(torch.float64)(ids.cuda(), mask=mask)[:, prompt:]
+    assert found[0].shape == (3, 8, config.vocab_size)
+    assert distance(found[0], want) <= 2 * distance(whole, want)
+
+
+def splits(decoder: Decoder, batch: int, capacity: int) -> int:
+    """Into how many parts a step's attention cuts a context of that room."""
+    from kernels.triton import kv_attention
+
+    block = decoder.layers[0]
+    assert isinstance(block, Block)
+    spec, config = block.self_attn.kv, decoder.config
+    choice = kv_attention.default(16 if spec is None else spec.bits, config.head_dim)
+    processors = torch.cuda.get_device_properties(decoder.device).multi_processor_count
+    return kv_attention.splits_of(capacity, batch * config.kv_heads, choice, processors)
 
 
 @pytest.mark.parametrize("bits", BITS)
