@@ -31,10 +31,10 @@ _PRESENTATION = {
         *("grid", "engine", "worker", "store", "progress"),
         *("parity", "parity_report", "agreement", "side_by_side", "odd_models"),
         *("speed", "speed_bench", "speed_matrix", "speed_passes", "speed_report", "speed_shapes"),
-        *("speed_shares", "speed_targets", "speed_work", "power", "markdown", "cell_speed"),
+        *("speed_shares", "speed_targets", "speed_work", "power", "markdown", "cell_speed", "neighbours"),
     )
 } | {
-    *("kernels/bench.py", "kernels/contests.py", "kernels/timing.py"),
+    *("kernels/bench.py", "kernels/command.py", "kernels/contests.py", "kernels/timing.py"),
     *("methods/export.py", "methods/compressed.py"),
     *("methods/packed_checkpoint.py", "methods/checkpoint_folder.py"),
 }

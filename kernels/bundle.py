@@ -11,8 +11,8 @@ transfer may replace them), joins the files that are complete, compares their sh
 are wheels, so what lies in the first parts works before the last one has come. Small wheels come first, then
 the large ones, then data.
 
-It stands in this package, and imports the standard library alone, because it must run on a bare machine from
-the sources that travel there.
+It stands in this package, and imports the standard library and what needs no more, because it must run on a
+bare machine from the sources that travel there.
 """
 
 import argparse
@@ -27,6 +27,8 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from kernels.command import run_command
 
 LOCK = Path(__file__).resolve().parents[1] / "requirements.lock"
 GRID = (
@@ -275,4 +277,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

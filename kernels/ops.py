@@ -55,7 +55,11 @@ _FILES = {
     "kv_attention": "kv_attention",
 }
 
-_counts: dict[str, Counter[str]] = {}
+Calls = dict[str, Counter[str]]
+"""How often each implementation ran, by operation."""
+
+_counts: Calls = {}
+_account = ContextVar("account", default=_counts)
 _reference_only = ContextVar("reference_only", default=False)
 _at_rest = ContextVar("weights_at_rest", default=False)
 
@@ -68,6 +72,24 @@ def implementations() -> dict[str, dict[str, int]]:
 def reset_implementations() -> None:
     """Start counting anew."""
     _counts.clear()
+
+
+@contextmanager
+def counted_apart() -> Iterator[Calls]:
+    """Gives what is called inside, which the account does not show: of a CUDA graph that is captured, since
+    then nothing runs. `count_replay` enters it."""
+    calls: Calls = {}
+    token = _account.set(calls)
+    try:
+        yield calls
+    finally:
+        _account.reset(token)
+
+
+def count_replay(calls: Calls) -> None:
+    """Enter calls once more: of a CUDA graph that was captured with them and is replayed."""
+    for name, counts in calls.items():
+        _counts.setdefault(name, Counter()).update(counts)
 
 
 @contextmanager
@@ -122,7 +144,7 @@ def linear(
     reason = _no_kernel_for(x if isinstance(x, Tensor) else x.codes)
     if reason is None:
         try:
-            kernel = _kernels(linear_kernel(x, x_keep))
+            kernel = _kernels(linear_kernel(x, w, x_keep))
             y: Tensor = kernel.linear(x, w, **keywords, weights_at_rest=_at_rest.get())
         except UnsupportedError as refused:
             reason = refused.reason
@@ -135,14 +157,15 @@ def linear(
     return y
 
 
-def linear_kernel(x: Tensor | Quantised, x_keep: Tensor | None = None) -> str:
+def linear_kernel(x: Tensor | Quantised, w: PackedWeight, x_keep: Tensor | None = None) -> str:
     """The file of kernels/triton that is meant for a linear of x.
 
-    Many rows of floating-point inputs, or some beside kept channels, meet a dequantised weight in one dense
-    product.
+    Many rows of floating-point inputs, or some beside kept channels or with groups of weights that the kernel
+    for few rows does not take, meet a dequantised weight in one dense product.
     """
     if isinstance(x, Tensor):
         few = x_keep is None and x.numel() <= FEW_A16_ROWS * x.shape[-1]
+        few = few and _kernels("linear_a16").takes_groups(w)
         return "linear_a16" if few else "dequantise"
     return "linear_few" if x.codes.numel() <= FEW_ROWS * x.codes.shape[-1] else "linear_many"
 
@@ -262,7 +285,7 @@ def refusal(operation: str, *operands: Any, **keywords: Any) -> str | None:
 def kernel_file(operation: str, *operands: Any, **keywords: Any) -> str | None:
     """The file of kernels/triton that is meant for an operation, None where there is none."""
     if operation == "linear":
-        return linear_kernel(operands[0], keywords.get("x_keep"))
+        return linear_kernel(operands[0], operands[1], keywords.get("x_keep"))
     return _FILES.get(operation)
 
 
@@ -327,7 +350,8 @@ def _set(switch: ContextVar[bool]) -> Iterator[None]:
 def _count(name: str, reason: str | None) -> None:
     """reason: why no kernel ran, or how the reference did; None where a kernel ran."""
     implementation = "triton" if reason is None else f"reference ({reason})" if reason else "reference"
-    counts = _counts.get(name)
+    account = _account.get()
+    counts = account.get(name)
     if counts is None:
-        counts = _counts.setdefault(name, Counter())
+        counts = account.setdefault(name, Counter())
     counts[implementation] += 1

@@ -13,7 +13,7 @@ import pytest
 from harness import stats
 from harness.records import Cell, read_run
 from harness.report import write_report
-from kernels import roofline
+from kernels import verdicts
 
 TASK = "perplexity_wikipedia"
 
@@ -81,10 +81,10 @@ def test_reports_are_what_the_results_give(root: Path, tmp_path: Path, name: str
 def test_the_speeds_of_kernels_in_the_readme_are_those_on_record(root: Path) -> None:
     """Slowest to fastest layer, of each line of the README's table and each number of rows."""
     record = json.loads((root / "results" / "reference" / "kernels-h100.json").read_text())
-    rows = roofline.index(record)
+    rows = verdicts.index(record)
     speeds: dict[tuple[str, int], list[float]] = {}
     for (shape, operation, layer, count, name), row in rows.items():
-        found = roofline.speed(row, rows.get((shape, operation, layer, count, "bf16 cuBLAS")))
+        found = verdicts.speed(row, rows.get((shape, operation, layer, count, "bf16 cuBLAS")))
         if found is not None and operation.startswith("linear"):
             speeds.setdefault((name, count), []).append(found)
     readme = (root / "README.md").read_text().splitlines()

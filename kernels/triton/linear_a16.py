@@ -142,10 +142,14 @@ def unsupported(x: Tensor | Quantised, w: PackedWeight, **beside: Unpack[Beside]
         return reason
     if beside.get("x_keep") is not None:
         return "kept channels beside 16-bit inputs"
-    half = w.inputs // 2
-    if w.scale.shape[1] > 1 and (w.group % 64 or half % w.group):
-        return f"groups of {w.group}: multiples of 64 that divide K / 2 = {half} are needed"
+    if not takes_groups(w):
+        return f"groups of {w.group}: multiples of 64 that divide K / 2 = {w.inputs // 2} are needed"
     return None
+
+
+def takes_groups(w: PackedWeight) -> bool:
+    """Whether pieces of a row lie within groups of the weight."""
+    return w.scale.shape[1] == 1 or not (w.group % 64 or w.inputs // 2 % w.group)
 
 
 def candidates(rows: int, outputs: int, inputs: int) -> list[Choice]:

@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +276,7 @@ def test_the_most_important_comes_first() -> None:
 def row(form: str, speed_: float | None, weights: int = 10) -> dict[str, Any]:
     about = {"shape": "small", "phase": "decode", "batch": 1, "context": 8, "form": form, "online": "none"}
     seconds = () if speed_ is None else (0.9 / speed_, 1.0 / speed_, 3.0 / speed_)
-    return {**about, "seconds": seconds, "of_floor": 0.5, "weights": weights, "kv": 0}
+    return {**about, "seconds": seconds, "of_floor": 0.5, "weights": weights, "kv": 0, "eager": None}
 
 
 @pytest.mark.parametrize(
@@ -303,6 +305,38 @@ def test_targets_are_judged_by_the_best_form(
     (verdict,) = judge([*rows, *overhead], [target])
     assert (verdict.met, verdict.form) == (met, form)
     assert judge([], [target]) == []
+
+
+@pytest.mark.parametrize(
+    "what, met", [({"what": "speed", "least": 2.0}, None), ({"what": "bytes", "most": 0.5}, True)]
+)
+def test_a_baseline_without_its_graph_judges_no_time(what: dict[str, Any], met: bool | None) -> None:
+    target = Target(
+        "", shape="small", phase="decode", batch=1, context=8, forms=(("w4a8kv8", "none"),), **what
+    )
+    slow = {**row("bf16", 1.0, 100), "eager": "an operation waits"}
+    (verdict,) = judge([slow, row("w4a8kv8", 2.5)], [target])
+    assert verdict.met is met and verdict.value is not None
+    assert (verdict.reason is None) is (met is not None)
+    (verdict,) = judge(
+        [slow], [replace(target, forms=(("bf16", "none"),), what="of_floor", most=None, least=0.1)]
+    )
+    assert verdict.met is None and verdict.reason is not None
+    assert verdict.reason == "the steps of bf16 were launched by the host (an operation waits)"
+
+
+def test_the_report_says_what_is_not_judged(record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU every step is launched by the host."""
+    targets = tuple(
+        Target(title, what, "small", "decode", 1, 8, (("w4a4kv4", "none"),), **bound)
+        for title, what, bound in (("time", "speed", {"least": 1e-9}), ("size", "bytes", {"most": 1.0}))
+    )
+    monkeypatch.setattr(speed_report, "judge", partial(judge, targets=targets))
+    time, size = [
+        line for line in speed_report.report(record).splitlines() if line.startswith(("| time", "| size"))
+    ]
+    assert "not judged: the steps of bf16 were launched by the host (there is no GPU)" in time
+    assert "yes" in size
 
 
 @pytest.mark.parametrize(

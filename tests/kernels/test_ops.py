@@ -1,6 +1,7 @@
 """The operations that methods call: the reference's results, and an account of what ran."""
 
 import importlib
+from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +61,20 @@ def test_results_are_the_references_and_are_counted() -> None:
     assert ops.implementations()["linear w4a16"] == {"reference": 1}
     ops.reset_implementations()
     assert ops.implementations() == {}
+
+
+def test_a_captured_graph_counts_when_it_is_replayed() -> None:
+    x = torch.ones(2, 16)
+    with ops.counted_apart() as calls:
+        ops.gated(x, x)
+        ops.gated(x, x)
+    assert ops.implementations() == {}
+    ops.gated(x, x)
+    for _ in range(3):
+        ops.count_replay(calls)
+    ops.count_replay({"hadamard": Counter(triton=1)})
+    assert ops.implementations() == {"gated": {"reference": 1 + 3 * 2}, "hadamard": {"triton": 1}}
+    assert calls == {"gated": {"reference": 2}}
 
 
 def test_the_route_of_the_integer_product_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
