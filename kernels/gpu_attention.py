@@ -30,7 +30,7 @@ DEQUANTISED = ("kv4", "kv8")
 WRONG = 0.02
 """A relative error above which a result is not that of attention to these rows."""
 # Choices beside the default: positions of a step, warps, programs on a multiprocessor.
-OTHERS = {4: ((16, 4, 3), (32, 8, 1), (32, 4, 1)), 8: ((32, 4, 2), (16, 4, 3)), 16: ((16, 8, 1), (16, 2, 4))}
+OTHERS = {4: ((32, 8, 1), (32, 4, 2), (64, 4, 2)), 8: ((32, 8, 1), (32, 4, 1)), 16: ((16, 8, 1), (16, 2, 4))}
 BACKENDS = {
     "flash": "FLASH_ATTENTION",
     "cuDNN": "CUDNN_ATTENTION",
