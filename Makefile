@@ -37,8 +37,10 @@ lint: $(INSTALLED) ## ruff and mypy
 assets: $(INSTALLED) ## fetch the default model and the benchmark files, without running anything
 	$(BIN)/python -m methods.assets
 
-gpu-bundle: $(INSTALLED) ## pack the benchmark's peers and the default model for a GPU machine without an index
-	$(BIN)/python -m kernels.bundle collect --data "$$($(BIN)/python -c 'from methods import assets; print(assets.model_gguf().parent)')"
+gpu-bundle: $(INSTALLED) ## pack what a grid and the benchmark's peers need on a GPU machine without an index
+	$(BIN)/python -m methods.assets
+	$(BIN)/python -m kernels.bundle collect grid --data "$$($(BIN)/python -c 'from methods import assets; print(assets.home() / "assets")')"
+	$(BIN)/python -m kernels.bundle collect peers
 
 clean: ## remove the environment and every cache in this folder (results and downloads stay)
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 
 from harness.environment import PeakMemory, processor
+from harness.neighbours import neighbours
 from harness.store import Record
 from methods.decoder import Decoder
 from methods.execution import merge_projections
@@ -29,14 +30,16 @@ LEAST_SECONDS = 1.0
 
 @torch.no_grad()
 def speed_record(decoder: Decoder, memory: PeakMemory) -> Record:
-    """{"device", "prefill_tokens", "decoded_tokens", "prefill_tokens_per_second", "decode_tokens_per_second",
-    "peak_memory_bytes", "eager"}: the best of a few runs; on a GPU the most that was allocated meanwhile,
-    weights included; why steps ran without a graph. {"device", "reason"} where that failed.
+    """{"device", "neighbours", "prefill_tokens", "decoded_tokens", "prefill_tokens_per_second",
+    "decode_tokens_per_second", "peak_memory_bytes", "eager"}: who else used the machine when it began
+    (`neighbours.neighbours`); the best of a few runs; on a GPU the most that was allocated meanwhile, weights
+    included; why steps ran without a graph. {"device", "neighbours", "reason"} where that failed.
 
     The decoder's projections are merged for it, so it comes last.
     """
     device = decoder.device
-    about: Record = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor()}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    about: Record = {"device": name, "neighbours": neighbours(device)}
     try:
         with memory.apart() as peak:
             about |= _measured(decoder)

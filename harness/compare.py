@@ -25,6 +25,7 @@ from harness.records import Cell, Column, columns_of, read_cell, read_run
 from harness.stats import Estimate, Paired
 from harness.store import os_reason
 from harness.tables import p_text, perplexity_of, signed
+from kernels.command import run_command
 from methods.distribution import refuse_foreign_kernels
 from methods.errors import UserError
 
@@ -387,4 +388,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness.markdown import plain, table
+from harness.neighbours import shared
 from harness.records import Cell, Model, Record, Row, Run, number
 from harness.tables import distinct, mean_accuracy_text, value_text
 
@@ -34,6 +35,9 @@ SPEED = """\
 Speed on a small workload, one sequence, the best of up to three runs: {}. Perplexity is that of the model's \
 first text, mean accuracy as above. The peak is what a GPU had allocated meanwhile, weights included. How \
 the time depends on batch and context is measured by `python -m harness.speed`."""
+SHARED = """\
+¶: others used the machine when this was timed, so it may be faster alone: {}. Unmarked: by the load \
+average, and by processes and memory on a GPU, nobody did, or the record does not tell."""
 INT4 = """\
 Rows of int4 execution measure more than computed where scales are float32 (zero-points of weights too, \
 those of the KV cache take a byte), where what is not quantised is held in the settings' dtype, and where \
@@ -43,8 +47,8 @@ A simulated cell holds floats in the settings' dtype, of weights also the codes,
 has nothing to pack: it is one and the same cell in either execution."""
 OPERATIONS = """\
 Calls while tasks were scored, over all cells of int4 execution; of an interrupted cell, each task has the \
-calls of the run that scored it. They are the host's calls: a decoding that replays a CUDA graph counts the \
-passes from which the graph was made, not its replays. What no implementation can run ends its cell with an \
+calls of the run that scored it. A replay of a CUDA graph counts as the calls that the graph was captured \
+with. What no implementation can run ends its cell with an \
 error and is not simulated instead. kv16 stands for a cache that is not quantised. Not listed: embedding, \
 lm_head, and linears whose weights are not quantised, which the notes on methods name."""
 TUNED = """\
@@ -102,6 +106,7 @@ def _times(rows: Costs) -> str:
 def _speed_section(models: Sequence[Model]) -> list[str]:
     """Speed and memory beside accuracy; empty where no cell has speed on record."""
     lines, workloads = [], set()
+    others: list[str] = []
     for model in models:
         perplexity = next((column for column in model.columns if column.kind == "perplexity"), None)
         for row in model.rows:
@@ -112,9 +117,12 @@ def _speed_section(models: Sequence[Model]) -> list[str]:
             line.append("–" if perplexity is None else value_text(row, perplexity))
             line.append(mean_accuracy_text(row, model.accuracies) if model.accuracies else "–")
             timed = [speed for speed in found if not speed.get("reason")]
+            reasons = [why for speed in timed if "neighbours" in speed for why in shared(speed["neighbours"])]
+            mark = "¶" if reasons else ""
+            others += reasons
             for phase in ("prefill", "decode"):
                 rates = [number(speed[f"{phase}_tokens_per_second"]) for speed in timed]
-                line.append(f"{sum(rates) / len(rates):,.1f}" if rates else "–")
+                line.append(f"{sum(rates) / len(rates):,.1f}{mark}" if rates else "–")
             peaks = [speed["peak_memory_bytes"] for speed in timed if speed.get("peak_memory_bytes")]
             line.append(f"{max(peaks) / 2**30:.2f}" if peaks else "–")
             lines.append([*line, distinct(speed["device"] for speed in found)])
@@ -126,7 +134,9 @@ def _speed_section(models: Sequence[Model]) -> list[str]:
     said = " or ".join(
         f"{prompt} tokens and {decoded} decoded behind them" for prompt, decoded in sorted(workloads)
     )
-    return ["### Accuracy beside speed and memory", table(head, lines), SPEED.format(said or "none that ran")]
+    notes = [SPEED.format(said or "none that ran")]
+    notes += [SHARED.format("; ".join(dict.fromkeys(others)))] if others else []
+    return ["### Accuracy beside speed and memory", table(head, lines), *notes]
 
 
 def _learning_section(rows: Costs) -> list[str]:

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import os
 import platform
+import re
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -30,10 +31,10 @@ _PRESENTATION = {
         *("grid", "engine", "worker", "store", "progress"),
         *("parity", "parity_report", "agreement", "side_by_side", "odd_models"),
         *("speed", "speed_bench", "speed_matrix", "speed_passes", "speed_report", "speed_shapes"),
-        *("speed_shares", "speed_targets", "speed_work", "power", "markdown", "cell_speed"),
+        *("speed_shares", "speed_targets", "speed_work", "power", "markdown", "cell_speed", "neighbours"),
     )
 } | {
-    *("kernels/bench.py", "kernels/contests.py", "kernels/timing.py"),
+    *("kernels/bench.py", "kernels/command.py", "kernels/contests.py", "kernels/timing.py"),
     *("methods/export.py", "methods/compressed.py"),
     *("methods/packed_checkpoint.py", "methods/checkpoint_folder.py"),
 }
@@ -87,7 +88,8 @@ def code_digest() -> str:
 
 @cache
 def commit() -> str | None:
-    """The commit of the working tree, "+" appended where it has changes; None outside a repository."""
+    """The commit of the working tree, "+" appended where it has changes; that of `git archive`, whose
+    trees are not watched for changes; None outside both."""
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run(
@@ -97,8 +99,17 @@ def commit() -> str | None:
             [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return _archived_commit()
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def _archived_commit() -> str | None:
+    """What `git archive` wrote into a file of this tree; None where git itself has it."""
+    try:
+        found = (ROOT / ".git_archival.txt").read_text().strip()
+    except OSError:
+        return None
+    return found[:12] if re.fullmatch("[0-9a-f]{40}", found) else None
 
 
 @cache

@@ -25,6 +25,7 @@ from harness.config import GridConfig, load_grid, needs_hub
 from harness.grid import silence_libraries
 from harness.judgement import ALPHA, POWER, Finding, Verdict, judge
 from harness.movement import RTOL
+from kernels.command import run_command
 from methods.distribution import refuse_foreign_kernels
 from methods.errors import UserError
 
@@ -263,4 +264,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -38,6 +38,8 @@ from methods.graphs import Decoding
 
 MAX_LENGTH = 2048
 MAX_GEN_TOKS = 256
+ROOM = 64
+"""Positions of which a generation's cache has a whole number, unless that were more than `max_length`."""
 
 Progress = Callable[[int, int], None]
 
@@ -320,11 +322,14 @@ class DecoderLM(TemplateLM):
         key = json.dumps([self.seed, context, occurrence]).encode()
         return int.from_bytes(hashlib.sha256(key).digest()[:4], "little")
 
-    def _room(self, rows: int) -> Decoding | None:
-        """In padded batches, one cache and graph for all of as many rows; else each request has its own."""
-        if self.batched and (self._decoding is None or self._decoding.batch != rows):
-            self._decoding = None  # before the next one takes memory
-            self._decoding = Decoding(self.decoder, rows, self.max_length)
+    def _room(self, rows: int, positions: int) -> Decoding | None:
+        """In padded batches, one cache and graph for all of as many rows that fit it: the longest contexts
+        come first. Else each request has its own."""
+        held = self._decoding
+        if self.batched and (held is None or held.batch != rows or held.capacity < positions):
+            held = self._decoding = None  # before the next one takes memory
+            room = min(-(-positions // ROOM) * ROOM, self.max_length)
+            self._decoding = Decoding(self.decoder, rows, room)
         return self._decoding
 
     def _continue(self, contexts: list[list[int]], settings: Generation, seed: int) -> list[str]:
@@ -347,7 +352,7 @@ class DecoderLM(TemplateLM):
             top_p=settings.top_p,
             seed=seed,
             stop=stop,
-            decoding=self._room(len(contexts)),
+            decoding=self._room(len(contexts), ids.shape[1] + settings.max_gen_toks),
         )
         texts = []
         for tokens in rows:

@@ -30,6 +30,7 @@ from harness.parity_report import SCHEMA, THRESHOLDS, changes_text, row_of, writ
 from harness.perplexity import Windows
 from harness.progress import Progress
 from harness.side_by_side import compare
+from kernels.command import run_command
 from methods.bits import Bits, QuantiserSettings
 from methods.calibration import load_corpus, token_windows
 from methods.checkpoint import DEFAULT_MODEL, Checkpoint, open_checkpoint
@@ -395,4 +396,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

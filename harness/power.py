@@ -41,7 +41,8 @@ def meter(device: torch.device) -> Meter | None:
     return _counter(device) or _sampler(_watch(device))
 
 
-def _counter(device: torch.device) -> Meter | None:
+def driver(device: torch.device) -> tuple[Any, Any] | None:
+    """The driver's own library (NVML) and what it calls a GPU; None where it cannot be had."""
     try:
         import pynvml  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
@@ -53,10 +54,25 @@ def _counter(device: torch.device) -> Meter | None:
             handle = pynvml.nvmlDeviceGetHandleByUUID(name)
         else:
             handle = pynvml.nvmlDeviceGetHandleByIndex(int(name))
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except Exception:  # noqa: BLE001 - whatever the driver refuses, it tells nothing here
+        return None
+    return pynvml, handle
+
+
+def _counter(device: torch.device) -> Meter | None:
+    found = driver(device)
+    if found is None:
+        return None
+    library, handle = found
+
+    def joules() -> float:
+        return float(library.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
+
+    try:
+        joules()
     except Exception:  # noqa: BLE001 - whatever the driver refuses, it reports no energy here
         return None
-    return Meter(COUNTER, lambda: float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3)
+    return Meter(COUNTER, joules)
 
 
 def _watch(device: torch.device) -> subprocess.Popen[str] | None:

@@ -57,6 +57,7 @@ from harness.tables import (
     upstream_text,
     value_text,
 )
+from kernels.command import run_command
 from methods.distribution import refuse_foreign_kernels
 from methods.errors import UserError
 
@@ -317,4 +318,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -89,7 +89,7 @@ def _weights(simulated: Decoder, packed: Decoder, missing: list[str]) -> tuple[C
         if codes.shape != rounded.codes.shape:
             missing.append(f"{name}: weight codes {list(codes.shape)}, not {list(rounded.codes.shape)}")
             continue
-        apart = (codes.short() - rounded.codes.short()).abs()
+        apart = (codes.short() - rounded.codes.to(codes.device).short()).abs()
         keep = linear.keep
         equal = (
             _same(dequantise_weight(form).to(linear.weight.dtype), linear.weight[:, keep:])
@@ -103,9 +103,10 @@ def _weights(simulated: Decoder, packed: Decoder, missing: list[str]) -> tuple[C
 
 
 def _same(first: Tensor | None, second: Tensor | None) -> bool:
+    """Whether two tensors are equal, wherever they lie: a rounded weight stays at home."""
     if first is None or second is None:
         return first is second
-    return torch.equal(first, second)
+    return torch.equal(first, second.to(first.device))
 
 
 @dataclass

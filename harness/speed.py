@@ -33,6 +33,7 @@ from harness.speed_shapes import ONLINE, SHAPES
 from harness.speed_work import work
 from harness.store import Record, os_reason
 from kernels import ops
+from kernels.command import run_command
 from kernels.timing import Limits, Timing, duration, interleaved, measure_limits, spread
 from methods.bits import FLOAT, Bits, QuantiserSettings
 from methods.checkpoint import DEFAULT_MODEL, Checkpoint, open_checkpoint
@@ -385,4 +386,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -156,6 +156,7 @@ def run(options: Options, command: str, device: torch.device) -> dict[str, Any]:
         "not_run": [],
         "targets": [],
         "implementations": {},
+        "replays_counted": True,
         "seconds": {},
         "after": {},
     }

@@ -21,6 +21,7 @@ from harness.speed_matrix import SCHEMA
 from harness.speed_shapes import ONLINE
 from harness.speed_targets import BASELINE, judge
 from harness.store import os_reason, write_text
+from kernels.command import run_command
 from kernels.timing import Timing, duration, spread
 from methods.errors import UserError
 
@@ -103,6 +104,7 @@ def _targets(record: Row) -> list[str]:
     for verdict in verdicts:
         value = "not measured" if verdict.value is None else f"{verdict.value:.3g} ({verdict.form})"
         met = {None: "–", True: "yes", False: "no"}[verdict.met]
+        met = met if verdict.reason is None else f"not judged: {verdict.reason}"
         lines.append([verdict.title, verdict.shape, verdict.bound, value, met])
     return ["## Targets", table(["target", "shape", "bound", "measured", "met"], lines)]
 
@@ -231,7 +233,10 @@ def _implementations(record: Row) -> list[str]:
     ]
     if not lines:
         return []
-    said = "Calls by the host; a graph's replays are not among them."
+    replays = "each replay of a graph with those that it was captured with"
+    if not record.get("replays_counted"):
+        replays = "a graph's replays are not among them"
+    said = f"Calls over the whole run, warm-up included; {replays}."
     return ["## Implementations that ran", said, table(["operation", "implementation", "calls"], lines)]
 
 
@@ -302,4 +307,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -60,7 +60,8 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target beside the record. value: the best of its forms, None where it was not measured."""
+    """A target beside the record. value: the best of its forms, None where it was not measured. reason: why
+    it is not judged although it was measured."""
 
     title: str
     shape: str
@@ -69,6 +70,7 @@ class Verdict:
     value: float | None
     form: str | None
     met: bool | None
+    reason: str | None = None
 
 
 def judge(results: Sequence[Mapping[str, Any]], targets: Sequence[Target] = TARGETS) -> list[Verdict]:
@@ -91,11 +93,22 @@ def _judged(target: Target, results: Sequence[Mapping[str, Any]]) -> Verdict:
     value = None if form is None else values[form]
     name = form and (form[0] if form[1] == "none" else " ".join(form))
     bound = f"at least {target.least:g}" if target.least is not None else f"at most {target.most:g}"
-    met = None
+    met, reason = None, None
     if value is not None:
+        reason = _unfit_baseline(target, here)
+    if value is not None and reason is None:
         met = value >= target.least if target.least is not None else value <= (target.most or 0.0)
     where = f"{target.phase} {target.batch} x {target.context}"
-    return Verdict(target.title, target.shape, where, bound, value, name, met)
+    return Verdict(target.title, target.shape, where, bound, value, name, met, reason)
+
+
+def _unfit_baseline(target: Target, here: Mapping[tuple[str, str], Mapping[str, Any]]) -> str | None:
+    """Why the baseline's time is none to judge by: without its graph it is slower than it need be, and any
+    form fast beside it."""
+    baseline = here.get((BASELINE, "none"))
+    if baseline is None or baseline["eager"] is None or target.what == "bytes":
+        return None
+    return f"the steps of {BASELINE} were launched by the host ({baseline['eager']})"
 
 
 def _value(

@@ -2,6 +2,7 @@
 
 import sys
 
+from kernels.command import run_command
 from kernels.ops import unfit_triton
 from kernels.support import table
 
@@ -16,4 +17,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

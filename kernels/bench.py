@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from kernels import gpu_bench, gpu_contests
+from kernels.command import run_command
 from kernels.contests import OPERATIONS, SHAPES, Contest
 from kernels.timing import Limits, Timing, Work, duration, interleaved, measure_limits, nbytes, spread
 
@@ -255,4 +256,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -1,21 +1,24 @@
 """What a GPU machine without a package index needs, in parts small enough to carry there.
 
-    make gpu-bundle                                        here: fills .gpu/1, .gpu/2, ...
-    python3 -m kernels.bundle unpack .gpu/1 ~/quantgrid    there: once for each part, in any order
-    export PYTHONPATH=~/quantgrid/site QUANTGRID_HOME=~/quantgrid/data
+    make gpu-bundle                                             here: fills .gpu/grid/1, ... .gpu/peers/1, ...
+    python3 -m kernels.bundle unpack .gpu/grid/1 ~/quantgrid    there: once for each part, in any order
+    export PYTHONPATH=~/quantgrid/site-packages QUANTGRID_HOME=~/quantgrid/data
 
-A part holds pieces of files and the list of all files with their sha256. `unpack` copies the pieces out of
-the checkout (the next transfer may replace them), joins the files that are complete, compares their sha256,
-and installs those that are wheels, so what lies in the first parts works before the last one has come. The
-peers' small wheels come first, then the large ones, then data.
+There are two bundles: what a grid needs beside PyTorch and transformers (lm-eval and the like, with the
+default model and the benchmark files), and the peers that the kernels are timed against. A part holds pieces
+of files and the list of all files with their sha256. `unpack` copies the pieces out of the checkout (the next
+transfer may replace them), joins the files that are complete, compares their sha256, and installs those that
+are wheels, so what lies in the first parts works before the last one has come. Small wheels come first, then
+the large ones, then data.
 
-It stands in this package, and imports the standard library alone, because it must run on a bare machine from
-the sources that travel there.
+It stands in this package, and imports the standard library and what needs no more, because it must run on a
+bare machine from the sources that travel there.
 """
 
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -25,14 +28,35 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-WHEELS = ("humming-kernels==0.1.19", "bitsandbytes==0.50.2", "mslk-cuda==1.1.0", "gguf==0.19.0")
+from kernels.command import run_command
+
+LOCK = Path(__file__).resolve().parents[1] / "requirements.lock"
+GRID = (
+    *("transformers", "tokenizers", "huggingface_hub", "httpx2", "httpcore2", "h11", "anyio", "truststore"),
+    *("lm_eval", "datasets", "pyarrow", "multiprocess", "dill", "xxhash", "gguf"),
+    *("requests", "urllib3", "certifi", "idna", "charset-normalizer", "platformdirs", "psutil", "pytz"),
+    *("sacrebleu", "portalocker", "colorama", "lxml", "chardet", "regex", "Jinja2", "MarkupSafe", "PyYAML"),
+    *("pydantic", "pydantic_core", "annotated-types", "typing-inspection", "tabulate"),
+)
+"""In the versions of the lock file."""
+PEERS = ("humming-kernels==0.1.19", "bitsandbytes==0.50.2", "mslk-cuda==1.1.0")
 SOURCES = ("gemlite==0.6.0.post2",)
 """Published as sources alone; pure Python, built here."""
 
 PYTHON = "3.12"
 GLIBC = (39, 35, 34, 31, 28, 27, 24, 17)
-CUDA = "cuda130"
+IDLE = {
+    "bitsandbytes": r"libbitsandbytes_(?!cuda130\.so|cpu\.so)",
+    "pyarrow": r"pyarrow/(tests|include|includes|src)/|arrow_(python_)?flight|arrow_s3|/_(flight|s3fs)\."
+    r"|arrow_python\w*\.so(\.\d+\.\d+\.\d+)?$",
+}
+"""Members of a wheel that nothing here loads, as a pattern of their names: libraries for other accelerators
+and services, headers, tests, second copies."""
+
 MANIFEST = "bundle.json"
+SITE = "site-packages"
+"""Where the wheels go. dill, by which datasets tells data sets apart, takes a module for an installed one by
+this name in its path, and goes through the contents of any other."""
 MEGABYTE = 1_000_000
 
 
@@ -53,15 +77,16 @@ class Entry:
     pieces: tuple[Piece, ...]
 
 
-def collect(out: Path, data: Sequence[Path], megabytes: int) -> int:
-    """Fill out/1, out/2, ... and return their number. Raises ValueError where a wheel cannot be had."""
+def collect(kind: str, out: Path, data: Sequence[Path], megabytes: int) -> int:
+    """Fill out/1, out/2, ... with the bundle of a kind ("grid", "peers") and the folders `data`; returns the
+    number of parts. Raises ValueError where a wheel cannot be had."""
     with tempfile.TemporaryDirectory() as scratch:
-        wheels = _download(Path(scratch))
+        wheels = _download(kind, Path(scratch))
         files = [(f"wheels/{wheel.name}", wheel) for wheel in wheels]
         for folder in data:
             for file in sorted(path for path in folder.rglob("*") if path.is_file()):
                 inside = file.relative_to(folder.parent).as_posix()
-                files.append((f"data/{folder.parent.name}/{inside}", file))
+                files.append((f"data/{inside}", file))
         shutil.rmtree(out, ignore_errors=True)
         return write_parts(files, out, megabytes * MEGABYTE)
 
@@ -146,7 +171,7 @@ def _join(found: Sequence[Path], place: Path, entry: Entry, target: Path) -> str
         raise ValueError(f"{entry.place} is not what was packed: its sha256 differs")
     if place.suffix == ".whl":
         wheel = partial.rename(place)
-        options = ("--no-index", "--no-deps", "--no-compile", "--upgrade", f"--target={target / 'site'}")
+        options = ("--no-index", "--no-deps", "--no-compile", "--upgrade", f"--target={target / SITE}")
         try:
             _pip("install", *options, str(wheel))
         except ValueError as error:
@@ -156,27 +181,34 @@ def _join(found: Sequence[Path], place: Path, entry: Entry, target: Path) -> str
     return f"placed {entry.place}"
 
 
-def _download(folder: Path) -> list[Path]:
-    """The wheels, smallest first."""
+def _download(kind: str, folder: Path) -> list[Path]:
+    """The wheels of a kind, smallest first."""
     platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in GLIBC]
     platforms += ["--platform=manylinux2014_x86_64", "--platform=manylinux1_x86_64"]
     given = ["--no-deps", "--only-binary=:all:", f"--python-version={PYTHON}", "--implementation=cp"]
-    _pip("download", *given, *platforms, "--dest", str(folder), *WHEELS)
-    _pip("wheel", "--no-deps", "--wheel-dir", str(folder), *SOURCES)
-    for wheel in folder.glob("bitsandbytes-*.whl"):
-        slim(wheel)
+    names = PEERS if kind == "peers" else locked(GRID, LOCK.read_text())
+    _pip("download", *given, *platforms, "--dest", str(folder), *names)
+    if kind == "peers":
+        _pip("wheel", "--no-deps", "--wheel-dir", str(folder), *SOURCES)
+    for wheel in folder.glob("*.whl"):
+        if idle := IDLE.get(wheel.name.split("-")[0]):
+            slim(wheel, idle)
     return sorted(folder.glob("*.whl"), key=lambda wheel: (wheel.stat().st_size, wheel.name))
 
 
-def slim(wheel: Path) -> None:
-    """Leave out a wheel's libraries for other CUDA versions and other accelerators."""
+def locked(names: Sequence[str], lock: str) -> list[str]:
+    """name==version of each name by the text of a lock file. Raises ValueError for one that it lacks."""
+    pins = {line.split("==")[0]: line for line in lock.splitlines() if "==" in line and line[0] != "#"}
+    if missing := [name for name in names if name not in pins]:
+        raise ValueError(f"{LOCK.name} has no {', '.join(missing)}")
+    return [pins[name] for name in names]
+
+
+def slim(wheel: Path, idle: str) -> None:
+    """Leave out the members of a wheel whose names match the pattern; pack the rest as small as zip can."""
     kept = wheel.with_suffix(".kept")
-
-    def dropped(name: str) -> bool:
-        library = Path(name).name
-        return library.startswith("libbitsandbytes_") and not library.endswith((f"_{CUDA}.so", "_cpu.so"))
-
-    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(kept, "w", zipfile.ZIP_DEFLATED) as target:
+    dropped = re.compile(idle).search
+    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(kept, "w", zipfile.ZIP_LZMA) as target:
         for info in source.infolist():
             data = source.read(info)
             if dropped(info.filename):
@@ -184,7 +216,7 @@ def slim(wheel: Path) -> None:
             if info.filename.endswith(".dist-info/RECORD"):
                 lines = data.decode().splitlines(keepends=True)
                 data = "".join(line for line in lines if not dropped(line.split(",")[0])).encode()
-            target.writestr(info, data, zipfile.ZIP_DEFLATED)
+            target.writestr(info, data, zipfile.ZIP_LZMA)
     kept.replace(wheel)
 
 
@@ -204,11 +236,12 @@ def parser() -> argparse.ArgumentParser:
     )
     verbs = result.add_subparsers(dest="verb", required=True)
     collecting = verbs.add_parser("collect", help="download the wheels and cut everything into parts")
-    collecting.add_argument("--out", type=Path, default=Path(".gpu"), metavar="FOLDER", help="default: .gpu")
+    collecting.add_argument("kind", choices=("grid", "peers"))
+    collecting.add_argument("--out", type=Path, metavar="FOLDER", help="default: .gpu/KIND")
     collecting.add_argument(
         "--data", type=Path, nargs="*", default=[], metavar="FOLDER", help="folders that travel as they are"
     )
-    collecting.add_argument("--megabytes", type=int, default=40, metavar="N", help="of a part (default: 40)")
+    collecting.add_argument("--megabytes", type=int, default=46, metavar="N", help="of a part (default: 46)")
     unpacking = verbs.add_parser("unpack", help="take over one part, and install what is complete")
     unpacking.add_argument("part", type=Path)
     unpacking.add_argument("target", type=Path, help="a folder outside the checkout")
@@ -225,10 +258,11 @@ def lines_of(arguments: argparse.Namespace) -> Iterator[str]:
     for folder in arguments.data:
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder")
-    parts = collect(arguments.out, [folder.resolve() for folder in arguments.data], arguments.megabytes)
-    for part in range(1, parts + 1):
-        size = sum(file.stat().st_size for file in (arguments.out / str(part)).iterdir())
-        yield f"{arguments.out / str(part)}: {size / MEGABYTE:.1f} MB"
+    out = arguments.out or Path(".gpu") / arguments.kind
+    data = [folder.resolve() for folder in arguments.data]
+    for part in range(1, collect(arguments.kind, out, data, arguments.megabytes) + 1):
+        size = sum(file.stat().st_size for file in (out / str(part)).iterdir())
+        yield f"{out / str(part)}: {size / MEGABYTE:.1f} MB"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -243,4 +277,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -20,6 +20,7 @@ from kernels import gpu_passes, kv_reference
 from kernels.contests import Shape
 from kernels.gpu_contests import FEW_ROWS, GpuContest, Made, kernel
 from kernels.kv_reference import PackedRows, Rows
+from kernels.targets import TORCH_ATTENTION
 from kernels.timing import nbytes, sets_needed
 
 CONTEXTS = (1024, 8192, 32768)
@@ -29,8 +30,14 @@ DEQUANTISED = ("kv4", "kv8")
 WRONG = 0.02
 """A relative error above which a result is not that of attention to these rows."""
 # Choices beside the default: positions of a step, warps, programs on a multiprocessor.
-OTHERS = {4: ((16, 4, 3), (32, 8, 1), (32, 4, 1)), 8: ((32, 4, 2), (16, 4, 3)), 16: ((16, 8, 1), (16, 2, 4))}
-BACKENDS = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
+OTHERS = {4: ((32, 8, 1), (32, 4, 2), (64, 4, 2)), 8: ((32, 8, 1), (32, 4, 1)), 16: ((16, 8, 1), (16, 2, 4))}
+BACKENDS = {
+    "flash": "FLASH_ATTENTION",
+    "cuDNN": "CUDNN_ATTENTION",
+    "efficient": "EFFICIENT_ATTENTION",
+    "math": "MATH",
+}
+"""PyTorch's names of its backends, by those in `kernels.targets.TORCH_ATTENTION`."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +77,9 @@ def attention(
                 for other in OTHERS[bits]:
                     entrants[f"{name}, {' x '.join(map(str, other))}"] = ("ours", partial(ours, choice=other))
         if "torch" in by:
-            for label, backend in BACKENDS.items():
-                for folded in (False, True):
-                    name = f"torch {label}{', heads folded' if folded else ''}"
-                    entrants[name] = ("torch", partial(_torch, made, query, backend, folded))
+            for label, names in TORCH_ATTENTION.items():
+                for name, folded in zip(names, (False, True), strict=True):
+                    entrants[name] = ("torch", partial(_torch, made, query, BACKENDS[label], folded))
         yield GpuContest("kv_attention", layer, context, shape.heads * width, width, entrants)
 
 

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, Unpack
 
 import torch
@@ -30,6 +31,7 @@ from kernels import integer, kv_reference, pass_reference, reference
 from kernels.kv_reference import PackedRows, Rows
 from kernels.pass_reference import Normalised, Normed
 from kernels.reference import PackedWeight, Quantised, Quantiser
+from kernels.refusals import UnsupportedError
 
 FEW_ROWS = 16
 """Rows of a linear's codes up to which reading the weight takes the time."""
@@ -53,7 +55,11 @@ _FILES = {
     "kv_attention": "kv_attention",
 }
 
-_counts: dict[str, Counter[str]] = {}
+Calls = dict[str, Counter[str]]
+"""How often each implementation ran, by operation."""
+
+_counts: Calls = {}
+_account = ContextVar("account", default=_counts)
 _reference_only = ContextVar("reference_only", default=False)
 _at_rest = ContextVar("weights_at_rest", default=False)
 
@@ -66,6 +72,24 @@ def implementations() -> dict[str, dict[str, int]]:
 def reset_implementations() -> None:
     """Start counting anew."""
     _counts.clear()
+
+
+@contextmanager
+def counted_apart() -> Iterator[Calls]:
+    """Gives what is called inside, which the account does not show: of a CUDA graph that is captured, since
+    then nothing runs. `count_replay` enters it."""
+    calls: Calls = {}
+    token = _account.set(calls)
+    try:
+        yield calls
+    finally:
+        _account.reset(token)
+
+
+def count_replay(calls: Calls) -> None:
+    """Enter calls once more: of a CUDA graph that was captured with them and is replayed."""
+    for name, counts in calls.items():
+        _counts.setdefault(name, Counter()).update(counts)
 
 
 @contextmanager
@@ -99,7 +123,7 @@ def quantise(
 ) -> Quantised:
     """`pass_reference.quantise`: of x, or of silu(gate) * x."""
     keywords = {"symmetric": symmetric, "clip": clip, "group": group, "scale": scale, "zero": zero}
-    q: Quantised = _run("quantise", bits, x, bits, gate=gate, **keywords)
+    q: Quantised = _run(pass_reference, "quantise", f" a{bits}", x, bits, gate=gate, **keywords)
     return q
 
 
@@ -115,14 +139,16 @@ def linear(
 ) -> Tensor:
     """`reference.linear`; the reference says by which routes its integer products were formed."""
     name = f"linear w{w.bits}a{16 if isinstance(x, Tensor) else x.bits}"
-    device = (x if isinstance(x, Tensor) else x.codes).device
     keywords: dict[str, Any] = {"x_keep": x_keep, "w_keep": w_keep, "row_scale": row_scale, "bias": bias}
     keywords["dtype"] = dtype
-    reason = _refusal_on(device, "linear", x, w, **keywords)
+    reason = _no_kernel_for(x if isinstance(x, Tensor) else x.codes)
     if reason is None:
-        kernel = _kernels(linear_kernel(x, x_keep))
-        y: Tensor = kernel.linear(x, w, **keywords, weights_at_rest=_at_rest.get())
-    else:
+        try:
+            kernel = _kernels(linear_kernel(x, w, x_keep))
+            y: Tensor = kernel.linear(x, w, **keywords, weights_at_rest=_at_rest.get())
+        except UnsupportedError as refused:
+            reason = refused.reason
+    if reason is not None:
         before = integer.routes_taken.copy()
         y = reference.linear(x, w, **keywords)
         taken = " and ".join(sorted(integer.routes_taken - before))
@@ -131,14 +157,15 @@ def linear(
     return y
 
 
-def linear_kernel(x: Tensor | Quantised, x_keep: Tensor | None = None) -> str:
+def linear_kernel(x: Tensor | Quantised, w: PackedWeight, x_keep: Tensor | None = None) -> str:
     """The file of kernels/triton that is meant for a linear of x.
 
-    Many rows of floating-point inputs, or some beside kept channels, meet a dequantised weight in one dense
-    product.
+    Many rows of floating-point inputs, or some beside kept channels or with groups of weights that the kernel
+    for few rows does not take, meet a dequantised weight in one dense product.
     """
     if isinstance(x, Tensor):
         few = x_keep is None and x.numel() <= FEW_A16_ROWS * x.shape[-1]
+        few = few and _kernels("linear_a16").takes_groups(w)
         return "linear_a16" if few else "dequantise"
     return "linear_few" if x.codes.numel() <= FEW_ROWS * x.codes.shape[-1] else "linear_many"
 
@@ -154,7 +181,7 @@ def rmsnorm(
 ) -> Normed:
     """`pass_reference.rmsnorm`: of x, or of its sum with `add`."""
     keywords = {"add": add, "eps": eps, "divisor": divisor, "gain": gain, "row_scale": row_scale}
-    result: Normed = _run("rmsnorm", None, x, **keywords)
+    result: Normed = _run(pass_reference, "rmsnorm", "", x, **keywords)
     return result
 
 
@@ -171,19 +198,21 @@ def rmsnorm_quantise(
 ) -> Normalised:
     """`pass_reference.rmsnorm_quantise`: of x, or of its sum with `add`."""
     keywords = {"add": add, "eps": eps, "divisor": divisor, "gain": gain, "row_scale": row_scale}
-    result: Normalised = _run("rmsnorm_quantise", quantiser["bits"], x, **keywords, keep=keep, **quantiser)
+    result: Normalised = _run(
+        pass_reference, "rmsnorm_quantise", f" a{quantiser['bits']}", x, **keywords, keep=keep, **quantiser
+    )
     return result
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """`pass_reference.gated`: silu(gate) * up."""
-    y: Tensor = _run("gated", None, gate, up)
+    y: Tensor = _run(pass_reference, "gated", "", gate, up)
     return y
 
 
 def hadamard(x: Tensor, *, gate: Tensor | None = None, size: int, inner: int = 1) -> Tensor:
     """`pass_reference.hadamard`: the transform alone, of x or of silu(gate) * x."""
-    y: Tensor = _run("hadamard", None, x, gate=gate, size=size, inner=inner)
+    y: Tensor = _run(pass_reference, "hadamard", "", x, gate=gate, size=size, inner=inner)
     return y
 
 
@@ -199,7 +228,7 @@ def hadamard_quantise(
     """`pass_reference.hadamard_quantise`: of x, or of silu(gate) * x."""
     keywords = {"gate": gate, "size": size, "inner": inner, "keep": keep}
     result: tuple[Tensor | None, Quantised] = _run(
-        "hadamard_quantise", quantiser["bits"], x, **keywords, **quantiser
+        pass_reference, "hadamard_quantise", f" a{quantiser['bits']}", x, **keywords, **quantiser
     )
     return result
 
@@ -219,35 +248,24 @@ def rope_append(
 ) -> Tensor:
     """`kv_reference.rope_append`."""
     operands = (query, key, value, cos, sin, keys, values, start)
-    reason = _refusal_on(query.device, "rope_append", *operands, hadamard=hadamard, clip=clip)
-    if reason is None:
-        out: Tensor = _kernels(_FILES["rope_append"]).rope_append(
-            *operands, hadamard=hadamard, clip=clip, overlapped=_at_rest.get()
-        )
-    else:
-        out = kv_reference.rope_append(*operands, hadamard=hadamard, clip=clip)
-    _count(f"rope_append kv{_kv_bits(keys)}", reason)
+    width, options = f" kv{_kv_bits(keys)}", {"hadamard": hadamard, "clip": clip}
+    out: Tensor = _run(kv_reference, "rope_append", width, *operands, **options)
     return out
 
 
 def kv_append(rows: PackedRows, x: Tensor, start: int | Tensor, *, clip: float = 1.0) -> None:
     """`kv_reference.kv_append`."""
     kv_reference.kv_append(rows, x, start, clip=clip)
-    _count(f"kv_append kv{rows.bits}", _refusal_on(x.device, "kv_append"))
+    reason = _no_kernel_for(x)
+    _count(f"kv_append kv{rows.bits}", "no kernel" if reason is None else reason)
 
 
 def kv_attention(
     query: Tensor, keys: Rows, values: Rows, length: int | Tensor, *, mask: Tensor | None = None
 ) -> Tensor:
     """`kv_reference.kv_attention`."""
-    reason = _refusal_on(query.device, "kv_attention", query, keys, values, length, mask=mask)
-    if reason is None:
-        out: Tensor = _kernels(_FILES["kv_attention"]).kv_attention(
-            query, keys, values, length, mask=mask, overlapped=_at_rest.get()
-        )
-    else:
-        out = kv_reference.kv_attention(query, keys, values, length, mask=mask)
-    _count(f"kv_attention kv{_kv_bits(keys)}", reason)
+    operands, width = (query, keys, values, length), f" kv{_kv_bits(keys)}"
+    out: Tensor = _run(kv_reference, "kv_attention", width, *operands, mask=mask)
     return out
 
 
@@ -267,31 +285,34 @@ def refusal(operation: str, *operands: Any, **keywords: Any) -> str | None:
 def kernel_file(operation: str, *operands: Any, **keywords: Any) -> str | None:
     """The file of kernels/triton that is meant for an operation, None where there is none."""
     if operation == "linear":
-        return linear_kernel(operands[0], keywords.get("x_keep"))
+        return linear_kernel(operands[0], operands[1], keywords.get("x_keep"))
     return _FILES.get(operation)
 
 
-def _refusal_on(device: torch.device, operation: str, *operands: Any, **keywords: Any) -> str | None:
-    """`refusal` where `device` could run a kernel at all; empty where kernels are no question."""
-    if device.type != "cuda":
+def _no_kernel_for(x: Tensor) -> str | None:
+    """Why none is to run where x lies: empty where kernels are no question, None where one may."""
+    if not x.is_cuda:
         return ""
-    if _reference_only.get():
-        return "asked for"
-    return no_kernels_on(device) or refusal(operation, *operands, **keywords)
+    return "asked for" if _reference_only.get() else no_kernels_on(x.device)
 
 
-def _run(operation: str, width: int | None, /, *operands: Any, **keywords: Any) -> Any:
-    """The kernel of that name, or the definition in `pass_reference`. width: of codes, None for floats."""
-    reason = _refusal_on(operands[0].device, operation, *operands, **keywords)
+def _run(definitions: ModuleType, operation: str, width: str, /, *operands: Any, **keywords: Any) -> Any:
+    """The kernel of that name, or where it refuses the operands, its definition. width: of codes, as the
+    account names it behind the operation."""
+    reason = _no_kernel_for(operands[0])
     if reason is None:
-        kernel = getattr(_kernels(_FILES[operation]), operation)
-        result = kernel(*operands, **keywords, overlapped=_at_rest.get())
-    else:
-        result = getattr(pass_reference, operation)(*operands, **keywords)
-    _count(operation if width is None else f"{operation} a{width}", reason)
+        try:
+            kernel = getattr(_kernels(_FILES[operation]), operation)
+            result = kernel(*operands, **keywords, overlapped=_at_rest.get())
+        except UnsupportedError as refused:
+            reason = refused.reason
+    if reason is not None:
+        result = getattr(definitions, operation)(*operands, **keywords)
+    _count(operation + width, reason)
     return result
 
 
+@cache
 def _kernels(file: str) -> Any:
     return importlib.import_module(f"kernels.triton.{file}")
 
@@ -329,4 +350,8 @@ def _set(switch: ContextVar[bool]) -> Iterator[None]:
 def _count(name: str, reason: str | None) -> None:
     """reason: why no kernel ran, or how the reference did; None where a kernel ran."""
     implementation = "triton" if reason is None else f"reference ({reason})" if reason else "reference"
-    _counts.setdefault(name, Counter())[implementation] += 1
+    account = _account.get()
+    counts = account.get(name)
+    if counts is None:
+        counts = account.setdefault(name, Counter())
+    counts[implementation] += 1

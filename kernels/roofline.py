@@ -4,8 +4,8 @@ plot.
     python -m kernels.roofline results/reference/kernels-h100.json --report reports/kernels
 
 It measures nothing: the same JSON gives the same bytes. What the kernels are meant to reach is data, in
-kernels/targets.py. Why a target is missed stands beside the record, in <name>.reasons.json:
-{target: {"<layer> <rows>": one sentence}}.
+kernels/targets.py, and judged in kernels/verdicts.py. Why a target is missed stands beside the record, in
+<name>.reasons.json: {target: {"<layer> <rows>": one sentence}}.
 """
 
 import argparse
@@ -13,173 +13,27 @@ import io
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from kernels.targets import (
-    BASELINE,
-    COPY,
-    DECIDING,
-    DECIDING_NOTE,
-    INFORMATION,
-    INFORMATION_NOTE,
-    SHAPE,
-    W4A8,
-    W4A16,
-    Target,
-)
+from kernels.command import run_command
+from kernels.targets import BASELINE, COPY, SHAPE, W4A8, W4A16
 from kernels.timing import duration
+from kernels.verdicts import (
+    NOT_A_RECORD,
+    Key,
+    Reasons,
+    Row,
+    attention_section,
+    index,
+    speed,
+    targets_section,
+)
 
 REPORT, PLOT = "report.md", "roofline.svg"
-NEEDED = {"by", "reason", "rotated", "eager", "of_floor", "bytes", "multiply_adds"}
-NOT_A_RECORD = "this is no record of a GPU run of kernels.bench"
-FORMER_NAMES = {
-    "ours w4a8 + quantise": "ours w4a8 + quantise, weights at rest",
-    "ours w4a4 + quantise": "ours w4a4 + quantise, plain",
-}
-"""How contestants are called now that earlier records name without saying how they were launched."""
-
 CHECKED = "Results of the last replay are those of plain calls; of passes, those of the reference."
 UNCHECKED = "Results were compared before graphs were recorded, of linears alone, not after the last replay."
-
-Row = dict[str, Any]
-Key = tuple[str, str, str, int, str]
-"""Shape, operation, layer, rows, contestant."""
-Reasons = Mapping[str, Mapping[str, str]]
-
-
-@dataclass(frozen=True)
-class Point:
-    """A target at one layer and number of rows. speeds: how many times as fast in each turn, empty where it
-    was not measured."""
-
-    layer: str
-    rows: int
-    speeds: tuple[float, ...]
-
-    @property
-    def speed(self) -> float | None:
-        return statistics.median(self.speeds) if self.speeds else None
-
-    @property
-    def place(self) -> str:
-        return f"{self.layer} {self.rows}"
-
-    def __str__(self) -> str:
-        rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
-        return f"{self.layer}, {rows}: {_times(self.speed)} (lowest turn {_times(min(self.speeds))})"
-
-
-def index(record: dict[str, Any]) -> dict[Key, Row]:
-    """The rows of a run by what they are about. Raises ValueError for a file of another kind, and where rows
-    of one contest do not have the same turns."""
-    found: dict[Key, Row] = {}
-    turns: dict[tuple[str, str, str, int], int] = {}
-    try:
-        for given in record["results"]:
-            row = {**given, "name": FORMER_NAMES.get(given["name"], given["name"])}
-            contest = (row["shape"], row["operation"], row["layer"], row["rows"])
-            seconds = row["seconds"]
-            if seconds:
-                if not all(value > 0 for value in seconds):
-                    raise ValueError(f"{NOT_A_RECORD}: a time of {min(seconds)} s")
-                if turns.setdefault(contest, len(seconds)) != len(seconds):
-                    raise ValueError(f"{NOT_A_RECORD}: contestants of {contest} with unequal turns")
-            if missing := NEEDED - set(row):
-                raise ValueError(f"{NOT_A_RECORD}: a row without {', '.join(sorted(missing))}")
-            found[(*contest, row["name"])] = row
-    except (KeyError, TypeError) as error:
-        raise ValueError(NOT_A_RECORD) from error
-    return found
-
-
-def speeds(ours: Row | None, *theirs: Row | None) -> tuple[float, ...]:
-    """How many times as fast ours is in each turn, against the fastest of the others in it; empty where one
-    of them did not run."""
-    every = [ours, *theirs]
-    if any(row is None or not row["seconds"] for row in every):
-        return ()
-    own, *others = ([*row["seconds"]] for row in every if row is not None)
-    return tuple(min(turn) / a for a, turn in zip(own, zip(*others, strict=True), strict=True))
-
-
-def speed(ours: Row | None, theirs: Row | None) -> float | None:
-    """The median over turns of `speeds`, None where one of them did not run."""
-    found = speeds(ours, theirs)
-    return statistics.median(found) if found else None
-
-
-def points(target: Target, rows: dict[Key, Row]) -> Iterator[Point]:
-    """The target at each of its layers and numbers of rows."""
-    for layer in target.layers:
-        for count in target.rows:
-            ours, *theirs = (
-                rows.get((SHAPE, target.operation, layer, count, name))
-                for name in (target.ours, *target.against)
-            )
-            if target.those_that_ran:
-                theirs = [row for row in theirs if row is not None and row["seconds"]] or [None]
-            yield Point(layer, count, speeds(ours, *theirs))
-
-
-def met(target: Target, point: Point) -> bool:
-    """Whether the median reaches the target. Faster than another means faster in nine of ten turns."""
-    if point.speed is None:
-        return False
-    if target.least == 1.0:
-        return 10 * sum(speed <= 1.0 for speed in point.speeds) <= len(point.speeds)
-    return point.speed >= target.least
-
-
-def targets_section(rows: dict[Key, Row], reasons: Reasons) -> list[str]:
-    """The targets that decide and what misses them with the reasons, then what is shown for information.
-    Raises ValueError for a reason for what is not missed."""
-    lines = ["## Targets", "", DECIDING_NOTE, "", *_targets(DECIDING, rows)]
-    missed = [
-        (target, point)
-        for target in DECIDING
-        for point in points(target, rows)
-        if point.speed is not None and not met(target, point)
-    ]
-    given = {(title, place) for title, places in reasons.items() for place in places}
-    if unknown := sorted(given - {(target.title, point.place) for target, point in missed}):
-        raise ValueError(f"a reason for what is not missed: {', '.join(unknown[0])}")
-    if missed:
-        lines += ["### Missed", "", "| target | at least | missed at | why |", "|:--|--:|:--|:--|"]
-    for target, point in missed:
-        why = reasons.get(target.title, {}).get(point.place, "not known: no counters were read")
-        lines.append(f"| {target.title} | {_times(target.least)} | {point} | {why} |")
-    lines += [""] if missed else []
-    return [*lines, "### For information", "", INFORMATION_NOTE, "", *_targets(INFORMATION, rows)]
-
-
-def _targets(targets: Sequence[Target], rows: dict[Key, Row]) -> list[str]:
-    """A table of how often each target is met, with its slowest point."""
-    lines = ["| target | against | at least | aim | limit | met | slowest |", "|:--|:--|--:|--:|--:|--:|:--|"]
-    operations = {key[1] for key in rows}
-    absent = [target.title for target in targets if target.operation not in operations]
-    for target in targets:
-        if target.title in absent:
-            continue
-        every = list(points(target, rows))
-        measured = [point for point in every if point.speed is not None]
-        slowest = min(measured, key=lambda point: point.speed or 0.0, default="not measured")
-        numbers = [_times(target.least), _times(target.aim), _times(target.limit)]
-        count = f"{sum(met(target, point) for point in measured)} of {len(every)}"
-        if measured and len(measured) < len(every):
-            count += f", {len(every) - len(measured)} not measured"
-        against = " or ".join(target.against)
-        lines.append(f"| {' | '.join([target.title, against, *numbers, count, str(slowest)])} |")
-    lines.append("")
-    return (
-        [*lines, f"Of operations that this run did not time: {'; '.join(absent)}.", ""] if absent else lines
-    )
-
-
-def _times(value: float | None) -> str:
-    return "" if value is None else f"{value:.{2 if value >= 1 else 3}f}x"
 
 
 def speed_section(rows: dict[Key, Row]) -> list[str]:
@@ -295,6 +149,7 @@ def report(record: dict[str, Any], reasons: Reasons | None = None) -> str:
         raise ValueError(NOT_A_RECORD) from error
     body = (
         targets_section(rows, reasons or {})
+        + attention_section(rows)
         + speed_section(rows)
         + ours_section(rows)
         + refusals_section(rows)
@@ -418,4 +273,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

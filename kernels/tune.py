@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kernels import ops, tuning
+from kernels.command import run_command
 from kernels.reference import PackedWeight, Quantised
 
 # (outputs, inputs) of a block's merged linears: Llama-3-8B's, and the default model's.
@@ -364,4 +365,4 @@ def _refuse(reason: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 
+from kernels.command import run_command
 from methods.distribution import refuse_foreign_kernels
 from methods.errors import UserError
 from methods.method import Method
@@ -36,4 +37,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

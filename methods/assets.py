@@ -32,6 +32,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kernels.command import run_command
 from methods.distribution import refuse_foreign_kernels
 from methods.errors import UserError
 
@@ -298,4 +299,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

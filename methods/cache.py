@@ -127,7 +127,9 @@ class FixedCache:
 
     def of(self, sequences: slice) -> FixedCache:
         """The room of some of the sequences, the same memory."""
-        rows = [(_sliced(keys, sequences), _sliced(values, sequences)) for keys, values in self.rows]
+        batch, rows = _codes(self.rows[0][0]).shape[0], self.rows
+        if sequences.indices(batch) != (0, batch, 1):
+            rows = [(_sliced(keys, sequences), _sliced(values, sequences)) for keys, values in rows]
         return FixedCache(rows, self.start, self.stop, self.length)
 
 

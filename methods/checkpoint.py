@@ -38,6 +38,8 @@ FAMILIES = {
 }
 _OF_SAVING = ("transformers_version", "is_local", "local_files_only")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+_SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+"""transformers' names of special tokens, and GGUF's."""
 _WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.txt")
 
 
@@ -391,6 +393,12 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     model.__dict__.pop("hf_quantizer", None)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    # Some releases of transformers take the special tokens' names from elsewhere.
+    for name, key in _SPECIAL_TOKENS.items():
+        number = reader.get_field(f"tokenizer.ggml.{key}_token_id")
+        token = tokenizer.convert_ids_to_tokens(int(number.contents())) if number is not None else None
+        if token is not None and getattr(tokenizer, name) != token:
+            setattr(tokenizer, name, token)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     label = f"fp32 (dequantised {'/'.join(sorted(kinds))})" if kinds else "fp32"

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from kernels.command import run_command
 from methods import assets
 from methods.bits import Bits, QuantiserSettings
 from methods.calibration import HUB_CORPORA, Corpus, load_corpus, token_windows
@@ -208,4 +209,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

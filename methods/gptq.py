@@ -52,7 +52,6 @@ def solve(
     group = spec.group or columns
     if columns % group:
         raise UserError(f"group size {group} does not divide the {columns} input channels")
-    group_index = torch.arange(columns, device=weight.device) // group
     static = group == columns or act_order
     scales, zeros = _group_ranges(weight, group, spec) if static else ([], [])
     dead = hessian.diagonal() == 0  # zeroed after the ranges are found, as in the published code
@@ -65,6 +64,7 @@ def solve(
         weight, hessian = weight[:, order], hessian[order][:, order]
     factor = inverse_factor(hessian, damp)
     del hessian
+    group_of = (order // group).tolist()  # asked for at once: on a GPU every answer is waited for
 
     codes = torch.empty_like(weight)
     for start in range(0, columns, BLOCK):
@@ -81,7 +81,7 @@ def solve(
                 )
                 scales.append(scale)
                 zeros.append(zero)
-            which = int(group_index[order[column]])
+            which = group_of[column]
             scale, zero = scales[which][:, 0], zeros[which]
             zero = None if zero is None else zero[:, 0]
             rounded = to_codes(block[i], scale, zero, spec.bits)

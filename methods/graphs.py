@@ -14,6 +14,7 @@ import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,9 +23,21 @@ from kernels import ops
 from methods.cache import FixedCache, Rows
 from methods.decoder import Block, Decoder
 from methods.errors import UserError
+from methods.linear import Linear
 
 _APART = 16
 """Entries of the clock between two that kernels read: each then begins at a multiple of 128 bytes."""
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A step as a graph. logits: where a replay leaves them. calls: of operations in it. weights: the
+    `_places` of what it reads."""
+
+    graph: torch.cuda.CUDAGraph
+    logits: Tensor
+    calls: ops.Calls
+    weights: list[object]
 
 
 class Decoding:
@@ -34,9 +47,11 @@ class Decoding:
         while ...:
             logits = decoding.step(logits.argmax(-1))
 
-    Weights and quantisers must stay as they are from the first step on. Raises UserError where the GPU has no
-    memory for the cache. Not for several threads, and all of a GPU's on one stream: their graphs share the
-    working memory of kernels.
+    Quantisers must stay as they are from the first step on. A graph reads weights where they lay when it was
+    captured: where they have been replaced, the first step behind a prefill, a truncation or a reset captures
+    it anew; other steps do not look. Operations in a replayed graph are counted by `ops` as if they had been
+    called. Raises UserError where the GPU has no memory for the cache. Not for several threads, and all of a
+    GPU's on one stream: their graphs share the working memory of kernels.
     """
 
     def __init__(self, decoder: Decoder, batch: int, capacity: int) -> None:
@@ -58,8 +73,8 @@ class Decoding:
             self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
             self._real = torch.ones(batch, capacity, dtype=torch.bool, device=device)
             self._places = torch.arange(capacity, device=device).repeat(batch, 1)
-        self._padded = False
-        self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._padded, self._looked = False, False
+        self._graphs: dict[bool, _Captured] = {}
         self._pool = self._stream = None
         if self.eager is None:
             self._pool, self._stream = torch.cuda.graph_pool_handle(), _capture_stream(device)
@@ -117,11 +132,15 @@ class Decoding:
         if tokens.shape not in ((self.batch,), (self.batch, 1)):
             raise ValueError(f"tokens {tuple(tokens.shape)}: must be one for each of {self.batch} sequences")
         self.tokens.copy_(tokens.reshape(self.batch, 1))
+        if not self._looked:
+            self._drop_stale()
         if self.eager is None and self._padded not in self._graphs:
             self._capture()
         if self.eager is None:
-            graph, logits = self._graphs[self._padded]
-            graph.replay()
+            captured = self._graphs[self._padded]
+            captured.graph.replay()
+            ops.count_replay(captured.calls)
+            logits = captured.logits
         else:
             logits = self._pass()
             self._clock.add_(1)
@@ -143,6 +162,13 @@ class Decoding:
         """Drop everything that is held; room and graph stay."""
         self.truncate(0)
 
+    def _drop_stale(self) -> None:
+        """Forget the graphs of weights that have been replaced since."""
+        if self._graphs:
+            now = _places(self.decoder)
+            self._graphs = {key: one for key, one in self._graphs.items() if one.weights == now}
+        self._looked = True
+
     def _need_room(self, count: int) -> None:
         if self.length + count > self.capacity:
             raise ValueError(
@@ -156,6 +182,8 @@ class Decoding:
         self._offsets[2 * _APART :] = -(~self._real).sum(-1)
 
     def _set_clock(self) -> None:
+        """For a continuation of what is held."""
+        self._looked = False
         torch.add(self._offsets, self.length, out=self._clock)
 
     def _pass(self) -> Tensor:
@@ -207,6 +235,7 @@ class Decoding:
                 torch.cuda.device(device),
                 torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
                 ops.weights_at_rest(),
+                ops.counted_apart() as calls,
             ):
                 logits = self._pass()
                 self._clock.add_(1)
@@ -219,13 +248,23 @@ class Decoding:
         finally:
             if collecting:
                 gc.enable()
-        self._graphs[self._padded] = (graph, logits)
+        self._graphs[self._padded] = _Captured(graph, logits, calls, _places(self.decoder))
 
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all decodings of a GPU: kernels keep working memory for each stream they are captured on."""
     return torch.cuda.Stream(device)
+
+
+def _places(decoder: Decoder) -> list[object]:
+    """Where the tensors lie that a step reads beside the cache, and of what shape and dtype they are."""
+    held: list[object] = []
+    for module in decoder.modules():
+        held += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if isinstance(module, Linear) and module.packed is not None:
+            held += vars(module.packed).values()
+    return [(part.data_ptr(), part.shape, part.dtype) for part in held if isinstance(part, Tensor)]
 
 
 def _first_line(error: Exception) -> str:

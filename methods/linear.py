@@ -283,7 +283,7 @@ def fused_quantiser(linears: Sequence[Linear]) -> Linear | None:
         linear.packed is not None
         and linear.activation is not None
         and linear.observer is None
-        and linear.shares_input_with(first)
+        and (linear is first or linear.shares_input_with(first))
         for linear in linears
     )
     return first if fused else None

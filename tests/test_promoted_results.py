@@ -13,7 +13,7 @@ import pytest
 from harness import stats
 from harness.records import Cell, read_run
 from harness.report import write_report
-from kernels import roofline
+from kernels import verdicts
 
 TASK = "perplexity_wikipedia"
 
@@ -81,10 +81,10 @@ def test_reports_are_what_the_results_give(root: Path, tmp_path: Path, name: str
 def test_the_speeds_of_kernels_in_the_readme_are_those_on_record(root: Path) -> None:
     """Slowest to fastest layer, of each line of the README's table and each number of rows."""
     record = json.loads((root / "results" / "reference" / "kernels-h100.json").read_text())
-    rows = roofline.index(record)
+    rows = verdicts.index(record)
     speeds: dict[tuple[str, int], list[float]] = {}
     for (shape, operation, layer, count, name), row in rows.items():
-        found = roofline.speed(row, rows.get((shape, operation, layer, count, "bf16 cuBLAS")))
+        found = verdicts.speed(row, rows.get((shape, operation, layer, count, "bf16 cuBLAS")))
         if found is not None and operation.startswith("linear"):
             speeds.setdefault((name, count), []).append(found)
     readme = (root / "README.md").read_text().splitlines()
@@ -120,15 +120,21 @@ def test_the_speeds_of_decoders_in_the_readme_are_those_on_record(root: Path) ->
     bf16, kv8, kv4 = (row(form, "decode", 1, 1024) for form in ("bf16", "w4a8kv8", "w4a4kv4"))
     online = [row(form, "decode", 1, 1024, "overhead", "quarot") for form in ("w4a8kv8", "w4a4kv4")]
     assert (
-        f"takes {milliseconds(bf16):.2f} ms in bf16 ({bf16['of_floor']:.0%} of its floor's rate), "
+        f"takes {milliseconds(bf16):.2f} ms in bf16 ({bf16['of_floor']:.0%} of its floor's rate; "
+    ).replace("% of", " % of") in readme
+    assert (
         f"{milliseconds(kv8):.2f} ms at w4a8kv8 ({kv8['speed']:.2f} times as fast) and "
         f"{milliseconds(kv4):.2f} ms at w4a4kv4 ({kv4['speed']:.2f}); with QuaRot's online transforms "
         f"{milliseconds(online[0]):.2f} and {milliseconds(online[1]):.2f} ms"
-    ).replace("% of", " % of") in readme
+    ) in readme
     prefills = [milliseconds(row(form, "prefill", 8, 2048)) for form in ("bf16", "w4a8kv8", "w4a4kv4")]
     assert "takes {:.0f}, {:.0f} and {:.0f} ms".format(*prefills) in readme
     short = [milliseconds(row(form, "prefill", 1, 1024)) for form in ("w4a4kv4", "bf16")]
     assert "({:.0f} against {:.0f} ms)".format(*short) in readme
+    plain, scaled = (
+        milliseconds(row("w4a4kv4", "decode", 1, 1024, "overhead", name)) for name in ("none", "fptquant")
+    )
+    assert f"online parts add {scaled / plain - 1:.0%} to a step".replace("%", " %") in readme
     held = [row(form, "decode", 8, 32768) for form in ("w4a4kv4", "bf16")]
     share = (held[0]["weights"] + held[0]["kv"]) / (held[1]["weights"] + held[1]["kv"])
     assert f"take {share:.3f} of bf16's bytes" in readme

@@ -10,7 +10,7 @@ with a hundred as much and more.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import triton
@@ -20,7 +20,9 @@ from torch.nn import functional as F
 
 from kernels.compiled import Compilation, divisible
 from kernels.reference import PackedWeight, Quantised
-from kernels.triton.operands import HALVES
+from kernels.refusals import UnsupportedError
+from kernels.triton.launching import Launch, by_form
+from kernels.triton.operands import HALVES, Beside
 
 # Packed bytes of a row that a program takes, at most, and at least where rows have groups.
 _LONGEST, _SHORTEST = 256, 16
@@ -38,13 +40,9 @@ def linear(
     x: Tensor,
     w: PackedWeight,
     *,
-    x_keep: Tensor | None = None,
-    w_keep: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    dtype: torch.dtype,
     choice: Choice | None = None,
     weights_at_rest: bool = False,
+    **beside: Unpack[Beside],
 ) -> Tensor:
     """`reference.linear` of bfloat16 or float16 x: [..., N] in `dtype`, with as many bits the same as the
     dense product of this GPU gives.
@@ -52,16 +50,22 @@ def linear(
     Takes 2 N K bytes of memory while it runs. weights_at_rest: changes nothing. Raises ValueError for
     operands that `unsupported` names.
     """
-    reason = unsupported(x, w, x_keep=x_keep, w_keep=w_keep, row_scale=row_scale, bias=bias, dtype=dtype)
-    if reason is not None:
-        raise ValueError(f"the linear of a dequantised weight cannot run here: {reason}")
+    _check(x, w, **beside)
+    x_keep, w_keep, row_scale = beside.get("x_keep"), beside.get("w_keep"), beside.get("row_scale")
     weight = dequantise(w, x.dtype, choice=choice)
     if x_keep is not None and w_keep is not None:
         x, weight = torch.cat((x_keep, x), dim=-1), torch.cat((w_keep, weight), dim=1)
-    y = F.linear(x, weight, bias)
+    y = F.linear(x, weight, beside.get("bias"))
     if row_scale is not None:
         y = y * row_scale
-    return y.to(dtype)
+    return y.to(beside["dtype"])
+
+
+@by_form
+def _check(x: Tensor, w: PackedWeight, **beside: Unpack[Beside]) -> None:
+    reason = unsupported(x, w, **beside)
+    if reason is not None:
+        raise UnsupportedError("the linear of a dequantised weight cannot run here:", reason)
 
 
 def dequantise(w: PackedWeight, dtype: torch.dtype, *, choice: Choice | None = None) -> Tensor:
@@ -69,38 +73,28 @@ def dequantise(w: PackedWeight, dtype: torch.dtype, *, choice: Choice | None = N
 
     w: as `unsupported` takes it.
     """
-    choice = choice or Choice()
-    n, half = w.packed.shape
-    weight = torch.empty(n, w.inputs, dtype=dtype, device=w.packed.device)
-    if n == 0:
-        return weight
-    constants = _constants(w.inputs, w.group, w.signed, choice)
-    grid = (triton.cdiv(half, constants["PIECE"]), triton.cdiv(n, constants["ROWS"]))
-    with torch.cuda.device_of(weight):
-        dequantise_weight[grid](
-            w.packed,
-            w.scale,
-            w.zero,
-            weight,
-            n,
-            w.scale.stride(1),
-            **constants,
-            num_warps=choice.warps,
-        )
+    launch = _launch(w, dtype, choice or Choice())
+    weight = torch.empty((w.packed.shape[0], w.inputs), dtype=dtype, device=w.packed.device)
+    if launch is not None:
+        launch(w.packed, w.scale, w.zero, weight)
     return weight
 
 
-def unsupported(
-    x: Tensor | Quantised,
-    w: PackedWeight,
-    *,
-    x_keep: Tensor | None = None,
-    w_keep: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    dtype: torch.dtype,
-) -> str | None:
+@by_form
+def _launch(w: PackedWeight, dtype: torch.dtype, choice: Choice) -> Launch | None:
+    """Into a weight of `dtype`; None where there are no outputs."""
+    n, half = w.packed.shape
+    if n == 0:
+        return None
+    constants = _constants(w.inputs, w.group, w.signed, choice)
+    grid = (triton.cdiv(half, constants["PIECE"]), triton.cdiv(n, constants["ROWS"]))
+    numbers, options = (n, w.scale.stride(1)), {"num_warps": choice.warps}
+    return Launch(dequantise_weight, grid, numbers, constants, options, w.packed.device)
+
+
+def unsupported(x: Tensor | Quantised, w: PackedWeight, **beside: Unpack[Beside]) -> str | None:
     """Why these operands cannot run here, in a phrase; None where they can."""
+    x_keep, w_keep, bias = beside.get("x_keep"), beside.get("w_keep"), beside.get("bias")
     if isinstance(x, Quantised):
         return "quantised inputs"
     if w.bits != 4:

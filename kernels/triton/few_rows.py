@@ -11,7 +11,8 @@ Everything is unrolled over steps. A program requests `ahead` pieces of its weig
 launch says that weights are at rest, it does so while the kernel before it is still running.
 """
 
-import torch
+from typing import Unpack
+
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -19,23 +20,16 @@ from triton.experimental.gluon import language as gl
 
 from kernels.reference import PackedWeight, Quantised
 from kernels.triton import operands
+from kernels.triton.operands import Beside
 
 MAX_ROWS = 64
 """Rows of x that the kernels can hold; `kernels.ops` sends them fewer."""
 MAX_INPUTS = 32768
 
 
-def unsupported(
-    x: Tensor | Quantised,
-    w: PackedWeight,
-    x_keep: Tensor | None,
-    w_keep: Tensor | None,
-    row_scale: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> str | None:
+def unsupported(x: Tensor | Quantised, w: PackedWeight, **beside: Unpack[Beside]) -> str | None:
     """`operands.unsupported`, and what these kernels cannot hold."""
-    reason = operands.unsupported(x, w, x_keep, w_keep, row_scale, bias, dtype)
+    reason = operands.unsupported(x, w, **beside)
     if reason is not None:
         return reason
     rows = (x if isinstance(x, Tensor) else x.codes).numel() // w.inputs

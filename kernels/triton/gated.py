@@ -11,6 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import tuning
 from kernels.compiled import Compilation
+from kernels.triton.launching import Launch, by_form
 from kernels.triton.quantise import (
     DTYPES,
     check,
@@ -54,19 +55,31 @@ def gated(gate: Tensor, up: Tensor, *, choice: Choice | None = None, overlapped:
     gate, up: [..., n], bfloat16, float16 or float32, n up to 32768. choice and overlapped as in `quantise`.
     Raises ValueError, naming what does not fit, where `unsupported` does.
     """
-    check(unsupported(gate, up))
+    launch = _launch(gate, up, choice, overlapped)
     y = torch.empty(up.shape, dtype=up.dtype, device=up.device)
+    if launch is not None:
+        launch(rows_of(gate), rows_of(up), y)
+    return y
+
+
+@by_form
+def _launch(gate: Tensor, up: Tensor, choice: Choice | None, overlapped: bool) -> Launch | None:
+    """None where there are no rows."""
+    check(unsupported(gate, up))
     gates, ups = rows_of(gate), rows_of(up)
     m, n = ups.shape
-    if m:
-        choice = choice or tuning.lookup("gated", up.device, m, n, n, Choice())
-        block = min(choice.block if m > 64 else choice.few, max(triton.next_power_of_2(n), 32))
-        with torch.cuda.device_of(up):
-            _gated[(m, triton.cdiv(n, block))](
-                gates, ups, y, n, gates.stride(0), ups.stride(0), BLOCK=block, OVERLAPPED=overlapped,
-                num_warps=warps(block, choice.elements), enable_fp_fusion=False, launch_pdl=overlapped,
-            )  # fmt: skip
-    return y
+    if not m:
+        return None
+    choice = choice or tuning.lookup("gated", up.device, m, n, n, Choice())
+    block = min(choice.block if m > 64 else choice.few, max(triton.next_power_of_2(n), 32))
+    return Launch(
+        _gated,
+        (m, triton.cdiv(n, block)),
+        (n, gates.stride(0), ups.stride(0)),
+        {"BLOCK": block, "OVERLAPPED": overlapped},
+        {"num_warps": warps(block, choice.elements), "enable_fp_fusion": False, "launch_pdl": overlapped},
+        up.device,
+    )
 
 
 def unsupported(gate: Tensor, up: Tensor) -> str | None:

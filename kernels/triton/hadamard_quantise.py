@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
 import triton
@@ -33,6 +33,7 @@ from kernels.compiled import Compilation
 from kernels.reference import Quantised, Quantiser
 from kernels.triton.hadamard_plan import matrices, plan, shape_constants, unsupported_transform
 from kernels.triton.hadamard_tiles import apart, butterfly, halves, ordered, prefetched, terms
+from kernels.triton.launching import Launch, by_form
 from kernels.triton.quantise import (
     DTYPES,
     Results,
@@ -232,12 +233,11 @@ def hadamard_quantise(
     overlapped as in `quantise`. The first call for a size copies its matrices to the GPU, which a CUDA graph
     cannot record. Raises ValueError, naming what does not fit, where `unsupported` does.
     """
-    check(unsupported(x, gate=gate, size=size, inner=inner, keep=keep, **quantiser))
+    made = _launch(x, gate, size, inner, keep, True, choice, overlapped, **quantiser)
     leading, n = x.shape[:-1], x.shape[-1]
     q = Results(leading, n - keep, x.device, quantiser)
     kept = x.new_empty(*leading, keep) if keep else None
-    operands = (*q.pointers(), q.scale if kept is None else kept)
-    _launch(x, gate, size, inner, keep, operands, q.numbers(), q.constants(x.dtype), True, choice, overlapped)
+    _run(made, x, gate, (*q.pointers(), q.scale if kept is None else kept))
     return kept, q.quantised()
 
 
@@ -252,10 +252,9 @@ def hadamard(
 ) -> Tensor:
     """`pass_reference.hadamard` on the GPU: x [..., n] transformed, in its dtype. Otherwise as
     `hadamard_quantise`."""
-    check(unsupported(x, gate=gate, size=size, inner=inner))
+    made = _launch(x, gate, size, inner, 0, False, choice, overlapped)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    unused = constants(8, True, False, 1.0, x.dtype)
-    _launch(x, gate, size, inner, 0, (y,) * 6, (0, 0, 1.0), unused, False, choice, overlapped)
+    _run(made, x, gate, (y,) * 6)
     return y
 
 
@@ -270,24 +269,41 @@ def unsupported(
     return reason
 
 
+Made = tuple[Launch, Tensor, Tensor]
+"""A launch, and the slow and the fast matrix that it reads."""
+
+
+def _run(made: Made | None, x: Tensor, gate: Tensor | None, operands: tuple[Tensor, ...]) -> None:
+    if made is not None:
+        launch, slow, fast = made
+        rows = rows_of(x)
+        launch(rows, rows if gate is None else rows_of(gate), slow, fast, *operands)
+
+
+@by_form
 def _launch(
     x: Tensor,
     gate: Tensor | None,
     size: int,
     inner: int,
     keep: int,
-    operands: tuple[Tensor, ...],
-    numbers: tuple[int, int, float],
-    quantiser: dict[str, Any],
     quantised: bool,
     choice: Choice | None,
     overlapped: bool,
-) -> None:
+    **quantiser: Any,
+) -> Made | None:
+    """quantiser: of `hadamard_quantise`, empty for `hadamard`. None where there are no rows."""
+    check(unsupported(x, gate=gate, size=size, inner=inner, keep=keep, **quantiser))
     rows = rows_of(x)
     gates = rows if gate is None else rows_of(gate)
     m, n = rows.shape
     if not m:
-        return
+        return None
+    numbers: tuple[int, int, float] = (0, 0, 1.0)
+    coded = constants(8, True, False, 1.0, x.dtype)
+    if quantised:
+        q = Results(x.shape[:-1], n - keep, x.device, cast("Quantiser", quantiser))
+        numbers, coded = q.numbers(), q.constants(x.dtype)
     choice = choice or tuning.lookup("hadamard_quantise", x.device, m, n, size, Choice())
     cut = plan(n, size, inner, choice.height)
     if cut is None or not cut.fits:
@@ -297,13 +313,16 @@ def _launch(
     aligned = rows.stride(0) % 2 == 0 and rows.data_ptr() % 4 == 0
     paired = aligned and quantised and not keep and gate is None
     programs = choice.programs or cut.programs
-    with torch.cuda.device_of(x):
-        _hadamard[(min(m, _multiprocessors(x.device) * programs),)](
-            rows, gates, slow, fast, *operands, m, n, keep, rows.stride(0), gates.stride(0), *numbers, norm,
-            **quantiser, **shape_constants(cut, n, norm, choice.stages or cut.stages, x.dtype, paired),
-            GATE=gate is not None, QUANTISE=quantised, KEEP=keep > 0, OVERLAPPED=overlapped,
-            **cut.options(programs), enable_fp_fusion=False, launch_pdl=overlapped,
-        )  # fmt: skip
+    launch = Launch(
+        _hadamard,
+        (min(m, _multiprocessors(x.device) * programs),),
+        (m, n, keep, rows.stride(0), gates.stride(0), *numbers, norm),
+        {**coded, **shape_constants(cut, n, norm, choice.stages or cut.stages, x.dtype, paired),
+         "GATE": gate is not None, "QUANTISE": quantised, "KEEP": keep > 0, "OVERLAPPED": overlapped},
+        {**cut.options(programs), "enable_fp_fusion": False, "launch_pdl": overlapped},
+        x.device,
+    )  # fmt: skip
+    return launch, slow, fast
 
 
 @lru_cache(maxsize=16)

@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels.compiled import Compilation, divisible
 from kernels.kv_reference import PackedRows, Rows, kv_rows
 from kernels.triton.kv_dequantise import unsupported_rows
+from kernels.triton.launching import Launch, by_form
 from kernels.triton.quantise import DTYPES, check
 from kernels.triton.rounding import (
     codes,
@@ -115,7 +116,7 @@ def _rope_append(  # type: ignore[no-untyped-def]
     query, key, value, cos, sin, out,
     keys, key_scales, key_zeros, key_scale, key_zero,
     values, value_scales, value_zeros, value_scale, value_zero,
-    tokens, count, start, capacity, query_heads, heads,
+    start, tokens, count, capacity, query_heads, heads,
     query_batch, query_token, query_head, key_batch, key_token, key_head,
     value_batch, value_token, value_head, angle_batch, angle_token, clip, norm,
     HALF: tl.constexpr, TOGETHER: tl.constexpr, ROWS: tl.constexpr, HADAMARD: tl.constexpr,
@@ -209,26 +210,50 @@ def rope_append(
     there is no Hadamard transform; that is the reference's up to rounding in float32. overlapped: as in
     `quantise`. Raises ValueError, naming what does not fit, where `unsupported` does.
     """
+    first = start if isinstance(start, Tensor) else 0  # one launch serves all numbers
+    launch = _launch(query, key, value, cos, sin, keys, values, first, hadamard, clip, overlapped)
+    batch, count, heads, width = query.shape
+    for rows in (keys, values):
+        check(_unsupported_start(rows, start, count))
+    out = torch.empty((batch, heads, count, width), dtype=query.dtype, device=query.device)
+    if launch is not None:
+        launch(query, key, value, cos, sin, out, *_operands(keys, out), *_operands(values, out), start)
+    return out
+
+
+@by_form
+def _launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Rows,
+    values: Rows,
+    start: int | Tensor,
+    hadamard: bool,
+    clip: float,
+    overlapped: bool,
+) -> Launch | None:
+    """None where there is nothing to append."""
     check(unsupported(query, key, value, cos, sin, keys, values, start, hadamard=hadamard, clip=clip))
     batch, count, query_heads, width = query.shape
+    if not query.numel():
+        return None
     heads = key.shape[2]
-    out = torch.empty(batch, query_heads, count, width, dtype=query.dtype, device=query.device)
-    if not out.numel():
-        return out
     together = _together(query_heads, heads)
     room = (keys if isinstance(keys, Tensor) else keys.codes).shape[2]
+    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
+    angle = (0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(2))
     constants = _constants(query.dtype, width, together, keys, values, hadamard, clip, overlapped)
-    grid = (triton.cdiv(batch * count, ROWS // together), (query_heads + 2 * heads) // together)
-    with torch.cuda.device_of(query):
-        _rope_append[grid](
-            query, key, value, cos, sin, out, *_operands(keys, out), *_operands(values, out),
-            batch * count, count, start, room, query_heads, heads,
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-            0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(2), clip, width**-0.5,
-            **constants, ON_DEVICE=isinstance(start, Tensor),
-            num_warps=4, enable_fp_fusion=False, launch_pdl=overlapped,
-        )  # fmt: skip
-    return out
+    return Launch(
+        _rope_append,
+        (triton.cdiv(batch * count, ROWS // together), (query_heads + 2 * heads) // together),
+        (batch * count, count, room, query_heads, heads, *strides, *angle, clip, width**-0.5),
+        {**constants, "ON_DEVICE": isinstance(start, Tensor)},
+        {"num_warps": 4, "enable_fp_fusion": False, "launch_pdl": overlapped},
+        query.device,
+    )
 
 
 def unsupported(
@@ -294,8 +319,13 @@ def _unsupported_room(rows: Rows, query: Tensor, heads: int, start: int | Tensor
     wide = held.shape[3] if isinstance(rows, Tensor) else rows.width
     if held.shape[:2] != (batch, heads) or wide != width:
         return f"rows {list(held.shape)} of {wide} for {batch} x {heads} heads of {width}"
-    if isinstance(start, int) and not 0 <= start <= held.shape[2] - count:
-        return f"{count} positions at {start} in room for {held.shape[2]}"
+    return _unsupported_start(rows, start, count)
+
+
+def _unsupported_start(rows: Rows, start: int | Tensor, count: int) -> str | None:
+    room = (rows if isinstance(rows, Tensor) else rows.codes).shape[2]
+    if isinstance(start, int) and not 0 <= start <= room - count:
+        return f"{count} positions at {start} in room for {room}"
     return None
 
 

@@ -31,6 +31,8 @@ from kernels.triton.quantise import check
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 HEAD_DIMS = (64, 128)
 MOST_SPLITS = 64
+# Programs of four warps, 32 positions each, that a multiprocessor holds, by bits and head dimension.
+PROGRAMS = {(4, 64): 4, (8, 64): 4, (4, 128): 3, (8, 128): 2}
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,9 @@ def kv_attention(
     """`kv_reference.kv_attention` on the GPU, in bfloat16 or float16.
 
     length: an int64 of no dimension on the device needs a single query position. The same operands give the
-    same bits. choice: None takes the default for these rows. overlapped: as in `quantise`. Raises ValueError,
-    naming what does not fit, where `unsupported` does.
+    same bits. One position beside codes takes scales of up to 2^32, and bfloat16 queries of up to 2^60.
+    choice: None takes the default for these rows. overlapped: as in `quantise`. Raises ValueError, naming
+    what does not fit, where `unsupported` does.
     """
     check(unsupported(query, keys, values, length, mask=mask))
     if query.shape[2] > 1:
@@ -77,17 +80,18 @@ def kv_attention(
     partial = torch.empty(pairs, splits, group, width, dtype=torch.float32, device=query.device)
     stats = torch.empty(pairs, splits, 2, QUERIES, dtype=torch.float32, device=query.device)
     out = torch.empty(batch, heads, 1, width, dtype=query.dtype, device=query.device)
-    k, v = _operands(keys, stats), _operands(values, stats)
+    aligned = room % 4 == 0 and choice.positions % 32 == 0
+    k, v = _operands(keys, stats, aligned), _operands(values, stats, aligned)
     seen = stats if mask is None else mask.view(torch.uint8)
     step = 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
     with torch.cuda.device_of(query):
         attend[(splits, pairs)](
             query, *k, *v, seen, partial, stats, length, room, splits, step,
-            query.stride(0), query.stride(1), *k[0].stride()[:3], *v[0].stride()[:3],
-            width**-0.5 * math.log2(math.e),
+            query.stride(0), query.stride(1), *k[0].stride()[:2], *v[0].stride()[:2],
+            width**-0.5 * math.log2(math.e), k[0].stride(2), v[0].stride(2),
             **_constants(
                 query.dtype, _held(keys).shape[1], group, width, bits, _symmetric(keys), _static(keys),
-                mask is not None, isinstance(length, Tensor), room % (choice.positions // 4) == 0, choice,
+                mask is not None, isinstance(length, Tensor), aligned, choice,
                 overlapped,
             ),
             num_warps=choice.warps, launch_pdl=overlapped,
@@ -183,8 +187,8 @@ def _unsupported_rows(rows: Rows, query: Tensor) -> str | None:
 
 
 def default(bits: int, width: int) -> Choice:
-    """As many bytes on their way as registers hold, whatever a row takes."""
-    return Choice(positions=16 if bits == 16 else 32)
+    """As many bytes on their way, and as many programs, as registers hold."""
+    return Choice(positions=16 if bits == 16 else 32, programs=PROGRAMS.get((bits, width), 2))
 
 
 def splits_of(length: int, pairs: int, choice: Choice, multiprocessors: int) -> int:
@@ -220,15 +224,16 @@ def _static(rows: Rows) -> bool:
     return isinstance(rows, PackedRows) and rows.poisoned is not None
 
 
-def _operands(rows: Rows, none: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Words, scales or flags, zero-points, and the static scale; `none` stands for what is not touched."""
+def _operands(rows: Rows, none: Tensor, aligned: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Words, scales or flags, zero-points, and the static scale; `none` stands for what is not touched.
+    aligned: what each position has one byte of comes in words of four."""
     if isinstance(rows, Tensor):
         return rows.view(torch.int32), none, none, none
-    words = rows.codes.view(torch.int32)
+    words, of_bytes = rows.codes.view(torch.int32), torch.int32 if aligned else torch.uint8
     if rows.poisoned is None:
-        return words, rows.scale, none if rows.zero is None else rows.zero, none
+        return words, rows.scale, none if rows.zero is None else rows.zero.view(of_bytes), none
     zero = none if rows.zero is None else rows.zero.to(torch.float32)
-    return words, rows.poisoned.view(torch.uint8), zero, rows.scale.to(torch.float32)
+    return words, rows.poisoned.view(of_bytes), zero, rows.scale.to(torch.float32)
 
 
 def _constants(
@@ -278,9 +283,9 @@ def compilations() -> Iterator[Compilation]:
 def _compilation(
     name: str, bits: int, width: int, *, symmetric: bool, static: bool, masked: bool, dtype: torch.dtype
 ) -> Compilation:
-    strides = [f"{who}_{what}" for who in ("key", "value") for what in ("batch", "head", "row")]
+    strides = [f"{who}_{what}" for who in ("key", "value") for what in ("batch", "head")]
     strides += ["query_batch", "query_head", "capacity"]
-    position, number = ("*u8", "*fp32") if static else ("*fp32", "*u8")
+    position, number = ("*i32", "*fp32") if static else ("*fp32", "*i32")
     types = {
         "query": f"*{DTYPES[dtype]}",
         **dict.fromkeys(("keys", "values"), "*i32"),
@@ -293,7 +298,10 @@ def _compilation(
         "factor": "fp32",
     }
     choice = default(bits, width)
-    constants = _constants(dtype, 8, 4, width, bits, symmetric, static, masked, True, True, choice, True)
+    row = width * bits // 32
+    constants = {"KEY_ROW": row, "VALUE_ROW": row} | _constants(
+        dtype, 8, 4, width, bits, symmetric, static, masked, True, choice.positions % 32 == 0, choice, True
+    )
     return Compilation(
         f"kv_attention {name}", attend, types, constants, {"num_warps": choice.warps, "launch_pdl": True},
         divisible(attend, types, *strides),

@@ -10,6 +10,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.compiled import Compilation, divisible
 from kernels.kv_reference import PackedRows
+from kernels.triton.launching import Launch, by_form
 from kernels.triton.quantise import DTYPES, check
 from kernels.triton.rounding import narrow
 
@@ -56,24 +57,36 @@ def _dequantise(  # type: ignore[no-untyped-def]
 def kv_dequantise(rows: PackedRows, length: int, dtype: torch.dtype, *, overlapped: bool = False) -> Tensor:
     """`kv_reference.kv_dequantise` on the GPU, to the bit. overlapped: as in `quantise`. Raises ValueError,
     naming what does not fit, where `unsupported` does."""
+    launch = _launch(rows, length, dtype, overlapped)
+    batch, heads = rows.codes.shape[:2]
+    out = torch.empty((batch, heads, length, rows.width), dtype=dtype, device=rows.codes.device)
+    if launch is not None:
+        static = rows.poisoned is not None
+        scales = rows.scale if rows.poisoned is None else rows.poisoned.view(torch.uint8)
+        fixed = rows.scale.to(torch.float32) if static else rows.scale
+        zero = fixed
+        if rows.zero is not None:
+            zero = rows.zero.to(torch.float32) if static else rows.zero
+        launch(rows.codes.view(torch.int8), scales, zero, fixed, out)
+    return out
+
+
+@by_form
+def _launch(rows: PackedRows, length: int, dtype: torch.dtype, overlapped: bool) -> Launch | None:
+    """None where nothing is asked for."""
     check(unsupported(rows, length, dtype))
     batch, heads, capacity, _ = rows.codes.shape
-    out = torch.empty(batch, heads, length, rows.width, dtype=dtype, device=rows.codes.device)
-    if not out.numel():
-        return out
-    static = rows.poisoned is not None
-    scales = rows.scale if rows.poisoned is None else rows.poisoned.view(torch.uint8)
-    fixed = rows.scale.to(torch.float32) if static else rows.scale
-    zero = fixed
-    if rows.zero is not None:
-        zero = rows.zero.to(torch.float32) if static else rows.zero
-    with torch.cuda.device_of(out):
-        _dequantise[(triton.cdiv(length, POSITIONS), batch * heads)](
-            rows.codes.view(torch.int8), scales, zero, fixed, out, length, capacity,
-            D=rows.width, BITS=rows.bits, SYMMETRIC=rows.zero is None, STATIC=static, POSITIONS=POSITIONS,
-            OVERLAPPED=overlapped, num_warps=4, enable_fp_fusion=False, launch_pdl=overlapped,
-        )  # fmt: skip
-    return out
+    if not batch * heads * length:
+        return None
+    return Launch(
+        _dequantise,
+        (triton.cdiv(length, POSITIONS), batch * heads),
+        (length, capacity),
+        {"D": rows.width, "BITS": rows.bits, "SYMMETRIC": rows.zero is None,
+         "STATIC": rows.poisoned is not None, "POSITIONS": POSITIONS, "OVERLAPPED": overlapped},
+        {"num_warps": 4, "enable_fp_fusion": False, "launch_pdl": overlapped},
+        rows.codes.device,
+    )  # fmt: skip
 
 
 def unsupported(rows: PackedRows, length: int, dtype: torch.dtype) -> str | None:

@@ -14,6 +14,7 @@ Where weights have zero-points, an infinity in a row of x makes that row NaN, wh
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Unpack
 
 import torch
 import triton
@@ -22,11 +23,13 @@ from torch import Tensor
 from kernels import tuning
 from kernels.compiled import Compilation
 from kernels.reference import PackedWeight, Quantised
+from kernels.refusals import UnsupportedError
 from kernels.triton import few_rows
 from kernels.triton.few_rows import flat, pieces, tokens
+from kernels.triton.launching import Launch, by_form
 from kernels.triton.linear_a16_held import held_kernel
 from kernels.triton.linear_a16_streamed import streamed_kernel
-from kernels.triton.operands import matrix
+from kernels.triton.operands import Beside, matrix
 from kernels.triton.workspace import nowhere, processors, words, workspace
 
 MOST_TOKENS = 16
@@ -70,36 +73,41 @@ def linear(
     x: Tensor,
     w: PackedWeight,
     *,
-    x_keep: Tensor | None = None,
-    w_keep: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    dtype: torch.dtype,
     choice: Choice | None = None,
     weights_at_rest: bool = False,
+    **beside: Unpack[Beside],
 ) -> Tensor:
     """`reference.linear` for few rows of bfloat16 or float16: [..., N] in `dtype`.
 
     Accumulates in float32, always in the same order for one choice. weights_at_rest: as in `linear_few`.
     Raises ValueError for operands that `unsupported` names.
     """
-    reason = unsupported(x, w, x_keep=x_keep, w_keep=w_keep, row_scale=row_scale, bias=bias, dtype=dtype)
-    if reason is not None:
-        raise ValueError(f"the linear for few 16-bit rows cannot run here: {reason}")
-    n = w.packed.shape[0]
-    values = matrix(x).contiguous()
+    _check(x, w, **beside)
+    n, values = w.packed.shape[0], matrix(x).contiguous()
     m = values.shape[0]
-    y = torch.empty(*x.shape[:-1], n, dtype=dtype, device=values.device)
-    if m == 0:
-        return y
-    scales = flat(row_scale)
+    y = torch.empty((*x.shape[:-1], n), dtype=beside["dtype"], device=values.device)
+    bias, scales = flat(beside.get("bias")), flat(beside.get("row_scale"))
+    packed = w.packed.view(torch.int8), w.packed.view(torch.int32)
     for begin in range(0, m, MOST_TOKENS):
         rows = slice(begin, begin + MOST_TOKENS)
-        scale = None if scales is None else scales[rows]
-        _launch(values[rows], w, y.view(m, n)[rows], flat(bias), scale, choice, weights_at_rest)
+        part, results, scale = values[rows], y.view(m, n)[rows], None if scales is None else scales[rows]
+        launch, slices = _launch(part, w, results, bias, scale, choice, weights_at_rest)
+        shared: tuple[Tensor, ...] = ()
+        if slices:
+            partials, arrivals = (workspace if slices > 1 else nowhere)(x.device)
+            shared = partials.view(torch.float32), arrivals
+        launch(part, packed[slices > 0], w.scale, w.zero, results, bias, scale, *shared)
     return y
 
 
+@by_form
+def _check(x: Tensor, w: PackedWeight, **beside: Unpack[Beside]) -> None:
+    reason = unsupported(x, w, **beside)
+    if reason is not None:
+        raise UnsupportedError("the linear for few 16-bit rows cannot run here:", reason)
+
+
+@by_form
 def _launch(
     x: Tensor,
     w: PackedWeight,
@@ -107,51 +115,41 @@ def _launch(
     bias: Tensor | None,
     row_scale: Tensor | None,
     choice: Choice | None,
-    weights_at_rest: bool,
-) -> None:
-    """Up to MOST_TOKENS rows: x [m, K] and y [m, N] without gaps."""
+    at_rest: bool,
+) -> tuple[Launch, int]:
+    """For up to MOST_TOKENS rows, x [m, K] and y [m, N] without gaps; and how many programs share a row of
+    the weight, 0 for the kernel that holds no x."""
     (m, k), n = x.shape, y.shape[1]
     choice = choice or tuning.lookup("linear_a16", x.device, m, n, k, Choice())
     if not choice.fits():
         raise ValueError(f"the linear for few 16-bit rows cannot be built with {choice}")
     choice = _fitted(choice, m, n, k, w.group, processors(x.device))
-    packed = w.packed.view(torch.int32 if choice.held else torch.int8)
-    operands = (x, packed, w.scale, w.zero, y, bias, row_scale)
     constants = _constants(m, n, k, w.group, w.scale.stride(1), 0 if w.signed else 8, choice)
-    options = _options(choice, weights_at_rest)
-    with torch.cuda.device_of(x):
-        if choice.held:
-            slices, teams = _dealt(choice, n, k, processors(x.device))
-            partials, arrivals = (workspace if slices > 1 else nowhere)(x.device)
-            sums = partials.view(torch.float32)
-            held_kernel[(slices * teams,)](*operands, sums, arrivals, m, n, **constants, **options)
-        else:
-            grid = (triton.cdiv(m, tokens(m, MOST_TOKENS)), triton.cdiv(n, choice.outputs))
-            streamed_kernel[grid](*operands, m, n, **constants, **options)
+    options = _options(choice, at_rest)
+    if choice.held:
+        slices, teams = _dealt(choice, n, k, processors(x.device))
+        return Launch(held_kernel, (slices * teams,), (m, n), constants, options, x.device), slices
+    grid = (triton.cdiv(m, tokens(m, MOST_TOKENS)), triton.cdiv(n, choice.outputs))
+    return Launch(streamed_kernel, grid, (m, n), constants, options, x.device), 0
 
 
-def unsupported(
-    x: Tensor | Quantised,
-    w: PackedWeight,
-    *,
-    x_keep: Tensor | None = None,
-    w_keep: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    dtype: torch.dtype,
-) -> str | None:
+def unsupported(x: Tensor | Quantised, w: PackedWeight, **beside: Unpack[Beside]) -> str | None:
     """Why these operands cannot run here, in a phrase; None where they can."""
     if isinstance(x, Quantised):
         return "quantised inputs"
-    reason = few_rows.unsupported(x, w, x_keep, w_keep, row_scale, bias, dtype)
+    reason = few_rows.unsupported(x, w, **beside)
     if reason is not None:
         return reason
-    if x_keep is not None:
+    if beside.get("x_keep") is not None:
         return "kept channels beside 16-bit inputs"
-    half = w.inputs // 2
-    if w.scale.shape[1] > 1 and (w.group % 64 or half % w.group):
-        return f"groups of {w.group}: multiples of 64 that divide K / 2 = {half} are needed"
+    if not takes_groups(w):
+        return f"groups of {w.group}: multiples of 64 that divide K / 2 = {w.inputs // 2} are needed"
     return None
+
+
+def takes_groups(w: PackedWeight) -> bool:
+    """Whether pieces of a row lie within groups of the weight."""
+    return w.scale.shape[1] == 1 or not (w.group % 64 or w.inputs // 2 % w.group)
 
 
 def candidates(rows: int, outputs: int, inputs: int) -> list[Choice]:

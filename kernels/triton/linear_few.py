@@ -7,6 +7,7 @@ Products and sums are integers, hence the same bits for every choice of tile.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Unpack
 
 import torch
 import triton
@@ -19,6 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels import tuning
 from kernels.compiled import Compilation
 from kernels.reference import PackedWeight, Quantised
+from kernels.refusals import UnsupportedError
 from kernels.triton import few_rows
 from kernels.triton.codegen import high_nibbles, low_nibbles
 from kernels.triton.few_rows import (
@@ -33,7 +35,8 @@ from kernels.triton.few_rows import (
     tile_layout,
     tokens,
 )
-from kernels.triton.operands import matrix
+from kernels.triton.launching import Launch, by_form
+from kernels.triton.operands import Beside, begun, matrix
 
 PIECE = gl.constexpr(64)
 MOST_TOKENS = 32
@@ -56,13 +59,9 @@ def linear(
     x: Quantised,
     w: PackedWeight,
     *,
-    x_keep: Tensor | None = None,
-    w_keep: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    dtype: torch.dtype,
     choice: Choice | None = None,
     weights_at_rest: bool = False,
+    **beside: Unpack[Beside],
 ) -> Tensor:
     """`reference.linear` for few rows of codes: [..., N] in `dtype`, bit for bit where no channels are kept.
 
@@ -70,49 +69,54 @@ def linear(
     them while the kernel before it is still running.
     Raises ValueError for operands that `unsupported` names.
     """
-    reason = unsupported(x, w, x_keep=x_keep, w_keep=w_keep, row_scale=row_scale, bias=bias, dtype=dtype)
-    if reason is not None:
-        raise ValueError(f"the linear for few rows cannot run here: {reason}")
-    n, k = w.packed.shape[0], w.inputs
-    codes = matrix(x.codes).contiguous()
-    m = codes.shape[0]
-    y = torch.empty(*x.codes.shape[:-1], n, dtype=dtype, device=codes.device)
-    if m == 0:
-        return y
-    choice = _fitted(choice or tuning.lookup("linear_few", codes.device, m, n, k, Choice()), k)
-    with torch.cuda.device_of(codes):
-        _kernel[(triton.cdiv(m, tokens(m, MOST_TOKENS)), triton.cdiv(n, choice.outputs))](
-            codes,
+    launch = _launch(x, w, choice, weights_at_rest, **beside)
+    codes = x.codes
+    y = torch.empty((*codes.shape[:-1], w.packed.shape[0]), dtype=beside["dtype"], device=codes.device)
+    if launch is not None:
+        x_keep, w_keep = beside.get("x_keep"), beside.get("w_keep")
+        launch(
+            begun(codes) if codes.is_contiguous() else matrix(codes).contiguous(),
             w.packed.view(torch.int8),
             flat(x.scale),
             flat(w.scale),
             y,
             None if x_keep is None else matrix(x_keep).contiguous(),
             None if w_keep is None else matrix(w_keep).contiguous(),
-            flat(bias),
-            flat(row_scale),
-            m,
-            n,
-            **_constants(m, k, 0 if w_keep is None else w_keep.shape[1], choice),
-            **_options(choice, weights_at_rest),
+            flat(beside.get("bias")),
+            flat(beside.get("row_scale")),
         )
     return y
 
 
-def unsupported(
-    x: Tensor | Quantised,
-    w: PackedWeight,
-    *,
-    x_keep: Tensor | None = None,
-    w_keep: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    dtype: torch.dtype,
-) -> str | None:
+@by_form
+def _launch(
+    x: Quantised, w: PackedWeight, choice: Choice | None, at_rest: bool, **beside: Unpack[Beside]
+) -> Launch | None:
+    """None where there are no rows."""
+    reason = unsupported(x, w, **beside)
+    if reason is not None:
+        raise UnsupportedError("the linear for few rows cannot run here:", reason)
+    n, k = w.packed.shape[0], w.inputs
+    m = x.codes.numel() // k
+    if m == 0:
+        return None
+    device, w_keep = x.codes.device, beside.get("w_keep")
+    choice = _fitted(choice or tuning.lookup("linear_few", device, m, n, k, Choice()), k)
+    return Launch(
+        _kernel,
+        (triton.cdiv(m, tokens(m, MOST_TOKENS)), triton.cdiv(n, choice.outputs)),
+        (m, n),
+        _constants(m, k, 0 if w_keep is None else w_keep.shape[1], choice),
+        _options(choice, at_rest),
+        device,
+    )
+
+
+def unsupported(x: Tensor | Quantised, w: PackedWeight, **beside: Unpack[Beside]) -> str | None:
     """Why these operands cannot run here, in a phrase; None where they can."""
     if isinstance(x, Tensor):
         return "floating-point inputs"
-    return few_rows.unsupported(x, w, x_keep, w_keep, row_scale, bias, dtype)
+    return few_rows.unsupported(x, w, **beside)
 
 
 def candidates(rows: int, outputs: int, inputs: int) -> list[Choice]:

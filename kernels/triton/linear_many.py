@@ -13,9 +13,11 @@ split along K among all programs (stream-K): the integer partial sums go through
 program to arrive adds them up. Integers have one sum in any order, so every choice gives the same bits.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -25,7 +27,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels import tuning
 from kernels.compiled import Compilation, launch
 from kernels.reference import PackedWeight, Quantised
+from kernels.refusals import UnsupportedError
 from kernels.triton import operands
+from kernels.triton.launching import Launch, Tiles, by_form
 from kernels.triton.linear_many_choices import (
     PAIR_REGISTERS,
     Choice,
@@ -36,7 +40,7 @@ from kernels.triton.linear_many_choices import (
     plan,
 )
 from kernels.triton.linear_many_kernel import KEEP_TILE, linear_many_kernel
-from kernels.triton.operands import matrix
+from kernels.triton.operands import Beside, begun, matrix
 from kernels.triton.workspace import nowhere, processors, workspace
 
 __all__ = ["Choice", "Plan", "candidates", "compilations", "default", "linear", "plan", "unsupported"]
@@ -46,13 +50,9 @@ def linear(
     x: Quantised,
     w: PackedWeight,
     *,
-    x_keep: Tensor | None = None,
-    w_keep: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    dtype: torch.dtype,
     choice: Choice | None = None,
     weights_at_rest: bool = False,
+    **beside: Unpack[Beside],
 ) -> Tensor:
     """`reference.linear` for quantised x: [..., N] in `dtype` (bfloat16, float16 or float32).
 
@@ -63,51 +63,49 @@ def linear(
     Without kept channels the result is that of the reference bit for bit. Raises ValueError where
     `unsupported` says why.
     """
-    reason = unsupported(
-        x, w, x_keep=x_keep, w_keep=w_keep, row_scale=row_scale, bias=bias, dtype=dtype
-    ) or _no_gpu(x.codes)
+    made = _made(x, w, choice, weights_at_rest, **beside)
+    device = x.codes.device
+    y = torch.empty((*x.codes.shape[:-1], w.packed.shape[0]), dtype=beside["dtype"], device=device)
+    if made is not None:
+        launch, cut, shared = made
+        # Tiles that no programs share leave nothing behind.
+        partials, arrivals = (workspace if shared else nowhere)(device)
+        launch(*cut.pointers(begun(x.codes), x.scale, w, y, partials, arrivals, **beside))
+    return y
+
+
+@by_form
+def _made(
+    x: Quantised, w: PackedWeight, choice: Choice | None, at_rest: bool, **beside: Unpack[Beside]
+) -> tuple[Launch, Cut, bool] | None:
+    """The launch, what cuts its operands, and whether programs share tiles; None where there are no rows."""
+    reason = unsupported(x, w, **beside) or _no_gpu(x.codes)
     if reason is not None:
-        raise ValueError(f"the linear for many rows cannot run here: {reason}")
-    outputs, inputs = w.packed.shape[0], w.inputs
+        raise UnsupportedError("the linear for many rows cannot run here:", reason)
+    outputs, inputs, device = w.packed.shape[0], w.inputs, x.codes.device
     codes = matrix(x.codes)
-    rows = codes.shape[0]
-    device = codes.device
-    y = torch.empty(*x.codes.shape[:-1], outputs, dtype=dtype, device=device)
+    rows, available = codes.shape[0], processors(device)
     if rows == 0:
-        return y
-    available = processors(device)
+        return None
     if choice is None:
         first = default(rows, outputs, inputs, available)
         choice = tuning.lookup("linear_many", device, rows, outputs, inputs, first)
     if not choice.fits():
         raise ValueError(f"no kernel can be built with {choice}")
     dealt = plan(rows, outputs, inputs, choice, available)
-    with torch.cuda.device(device):
-        # Tiles that no programs share leave nothing behind.
-        partials, arrivals = (nowhere if dealt.sharers == dealt.rest else workspace)(device)
-        linear_many_kernel[(dealt.programs,)](
-            *_arguments(
-                *(codes, x.scale, w, y, x_keep, w_keep, row_scale, bias),
-                *(partials, arrivals, dealt, choice, weights_at_rest),
-            ),
-            num_warps=4,
-            maxnreg=PAIR_REGISTERS[1] if choice.pair else None,
-            launch_pdl=weights_at_rest,
-            enable_fp_fusion=False,
-        )
-    return y
+    cut = Cut(codes, w, choice, at_rest, **beside)
+    launch = Launch(
+        linear_many_kernel,
+        (dealt.programs,),
+        _numbers(rows, w, beside.get("w_keep"), dealt, choice),
+        _constants(dealt, choice),
+        _options(choice, at_rest),
+        device,
+    )
+    return launch, cut, dealt.sharers != dealt.rest
 
 
-def unsupported(
-    x: Tensor | Quantised,
-    w: PackedWeight,
-    *,
-    x_keep: Tensor | None = None,
-    w_keep: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    dtype: torch.dtype,
-) -> str | None:
+def unsupported(x: Tensor | Quantised, w: PackedWeight, **beside: Unpack[Beside]) -> str | None:
     """Why this kernel cannot compute `linear` of these operands, in a phrase; None where it can.
 
     Shapes that fit nothing are refused like those that only this kernel does not take. The device is not
@@ -115,7 +113,7 @@ def unsupported(
     """
     if isinstance(x, Tensor):
         return "floating-point inputs"
-    return operands.unsupported(x, w, x_keep, w_keep, row_scale, bias, dtype)
+    return operands.unsupported(x, w, **beside)
 
 
 def compilations() -> Iterator[Compilation]:
@@ -155,70 +153,102 @@ def _compilation(
 
     w = PackedWeight(of(outputs, inputs // 2, dtype=torch.uint8), of(outputs, 1), None, 4, inputs, True)
     dealt = plan(rows, outputs, inputs, choice, 132)
-    arguments = _arguments(
-        of(rows, inputs, dtype=torch.int8),
-        of(rows, 1),
-        w,
-        of(rows, outputs, dtype=dtype),
-        of(rows, keep, dtype=dtype) if keep else None,
-        of(outputs, keep, dtype=dtype) if keep else None,
-        of(rows, 1) if extras else None,
-        of(outputs, dtype=dtype) if extras else None,
-        of(2**20, dtype=torch.int32),
-        of(512, dtype=torch.int32),
-        dealt,
-        choice,
-        True,
+    beside: Beside = {
+        "x_keep": of(rows, keep, dtype=dtype) if keep else None,
+        "w_keep": of(outputs, keep, dtype=dtype) if keep else None,
+        "row_scale": of(rows, 1) if extras else None,
+        "bias": of(outputs, dtype=dtype) if extras else None,
+        "dtype": dtype,
+    }
+    codes, y = of(rows, inputs, dtype=torch.int8), of(rows, outputs, dtype=dtype)
+    partials, arrivals = of(2**20, dtype=torch.int32), of(512, dtype=torch.int32)
+    cut = Cut(codes, w, choice, True, **beside)
+    return launch(
+        name,
+        linear_many_kernel,
+        *cut.pointers(codes, of(rows, 1), w, y, partials, arrivals, **beside),
+        *_numbers(rows, w, beside["w_keep"], dealt, choice),
+        **_constants(dealt, choice),
+        **_options(choice, True),
+        expect=(f"IGMMA.64x{choice.block_tokens}x32.S8.S8", "LDSM", "UTMALDG"),
     )
-    expect = (f"IGMMA.64x{choice.block_tokens}x32.S8.S8", "LDSM", "UTMALDG")
-    options = {"num_warps": 4, "maxnreg": PAIR_REGISTERS[1] if choice.pair else None, "launch_pdl": True}
-    return launch(name, linear_many_kernel, *arguments, **options, enable_fp_fusion=False, expect=expect)
 
 
-def _arguments(
-    codes: Tensor,
-    x_scale: Tensor,
-    w: PackedWeight,
-    y: Tensor,
-    x_keep: Tensor | None,
-    w_keep: Tensor | None,
-    row_scale: Tensor | None,
-    bias: Tensor | None,
-    partials: Tensor,
-    arrivals: Tensor,
-    dealt: Plan,
-    choice: Choice,
-    at_rest: bool,
-) -> tuple[Any, ...]:
-    """The kernel's arguments."""
+class Cut:
+    """How operands of one form are cut into tiles, for the kernel's copies."""
+
+    def __init__(
+        self, codes: Tensor, w: PackedWeight, choice: Choice, at_rest: bool, **beside: Unpack[Beside]
+    ) -> None:
+        rows, outputs, dtype = codes.shape[0], w.packed.shape[0], beside["dtype"]
+        part = max(choice.block_outputs // 2, 64)
+        bytes_ = gl.NVMMASharedLayout(choice.block_bytes, 8)
+        self.prefetch = choice.prefetch and at_rest
+        self.w = Tiles(w.packed.view(torch.int8), [choice.block_outputs, choice.block_bytes], bytes_)
+        self.x = Tiles(codes, [choice.block_tokens, choice.block_bytes], bytes_)
+        self.y: Tiles | None = None
+        self.kept: tuple[Tiles, Tiles] | None = None
+        if dtype.itemsize == 2 and outputs % 8 == 0:
+            y = torch.empty((rows, outputs), dtype=dtype, device=codes.device)
+            self.y = Tiles(y, [choice.block_tokens, part], gl.NVMMASharedLayout(128, 16))
+        x_keep, w_keep = beside.get("x_keep"), beside.get("w_keep")
+        if x_keep is not None and w_keep is not None:
+            kept = gl.NVMMASharedLayout(64, 16)
+            self.kept = (
+                Tiles(matrix(w_keep), [part, KEEP_TILE.value], kept),
+                Tiles(matrix(x_keep), [choice.block_tokens, KEEP_TILE.value], kept),
+            )
+
+    def pointers(
+        self,
+        codes: Tensor,
+        x_scale: Tensor,
+        w: PackedWeight,
+        y: Tensor,
+        partials: Tensor,
+        arrivals: Tensor,
+        **beside: Unpack[Beside],
+    ) -> tuple[Tensor | TensorDescriptor | None, ...]:
+        """The kernel's arguments in front of its numbers. codes: as `operands.matrix` gives them, or memory
+        that begins there."""
+        packed, wk_desc, xk_desc = w.packed.view(torch.int8), None, None
+        x_keep, w_keep = beside.get("x_keep"), beside.get("w_keep")
+        if self.kept is not None and x_keep is not None and w_keep is not None:
+            wk_desc, xk_desc = self.kept[0].of(matrix(w_keep)), self.kept[1].of(matrix(x_keep))
+        bias, row_scale = beside.get("bias"), beside.get("row_scale")
+        return (
+            packed if self.prefetch else None,
+            self.w.of(packed),
+            self.x.of(codes),
+            None if self.y is None else self.y.of(y),
+            wk_desc,
+            xk_desc,
+            y,
+            w.scale.contiguous(),
+            x_scale.contiguous(),
+            None if bias is None else bias.contiguous(),
+            None if row_scale is None else row_scale.contiguous(),
+            partials,
+            arrivals,
+        )
+
+
+def _numbers(
+    rows: int, w: PackedWeight, w_keep: Tensor | None, dealt: Plan, choice: Choice
+) -> tuple[int, ...]:
     outputs, half = w.packed.shape
     keep = 0 if w_keep is None else w_keep.shape[-1]
-    part = max(choice.block_outputs // 2, 64)
-    tile_x = [choice.block_tokens, choice.block_bytes]
-    bytes_ = gl.NVMMASharedLayout(choice.block_bytes, 8)
-    w_desc = _descriptor(w.packed.view(torch.int8), [choice.block_outputs, choice.block_bytes], bytes_)
-    x_desc = _descriptor(codes, tile_x, bytes_)
-    y_desc = wk_desc = xk_desc = None
-    if y.element_size() == 2 and outputs % 8 == 0:
-        y_desc = _descriptor(y.view(-1, outputs), [choice.block_tokens, part], gl.NVMMASharedLayout(128, 16))
-    if x_keep is not None and w_keep is not None:
-        kept = gl.NVMMASharedLayout(64, 16)
-        wk_desc = _descriptor(matrix(w_keep), [part, KEEP_TILE.value], kept)
-        xk_desc = _descriptor(matrix(x_keep), [choice.block_tokens, KEEP_TILE.value], kept)
-    return (
-        w.packed.view(torch.int8) if choice.prefetch and at_rest else None,
-        *(w_desc, x_desc, y_desc, wk_desc, xk_desc, y, w.scale.contiguous(), x_scale.contiguous()),
-        None if bias is None else bias.contiguous(),
-        None if row_scale is None else row_scale.contiguous(),
-        *(partials, arrivals, codes.shape[0], outputs, half, keep),
-        *(dealt.steps, dealt.full, dealt.rest, dealt.sharers, choice.group, choice.stages),
-        dealt.sharers > dealt.rest,
-        PAIR_REGISTERS[0] if choice.pair else 240,
-    )
+    return rows, outputs, half, keep, dealt.steps, dealt.full, dealt.rest, dealt.sharers, choice.group
 
 
-def _descriptor(x: Tensor, block: list[int], layout: Any) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(x, block, layout)
+def _constants(dealt: Plan, choice: Choice) -> dict[str, Any]:
+    split, registers = dealt.sharers > dealt.rest, PAIR_REGISTERS[0] if choice.pair else 240
+    return {"STAGES": choice.stages, "SPLIT": split, "REGISTERS": registers}
+
+
+def _options(choice: Choice, at_rest: bool) -> dict[str, Any]:
+    registers = PAIR_REGISTERS[1] if choice.pair else None
+    return {"num_warps": 4, "maxnreg": registers, "launch_pdl": at_rest, "enable_fp_fusion": False}
 
 
 def _no_gpu(x: Tensor) -> str | None:

@@ -1,5 +1,7 @@
 """What the linears' kernels ask of their operands, before anything is launched."""
 
+from typing import Required, TypedDict
+
 import torch
 from torch import Tensor
 
@@ -10,13 +12,24 @@ RESULTS = (torch.bfloat16, torch.float16, torch.float32)
 HALVES = (torch.bfloat16, torch.float16)
 
 
+class Beside(TypedDict, total=False):
+    """The arguments of `reference.linear` beside x and w."""
+
+    x_keep: Tensor | None
+    w_keep: Tensor | None
+    row_scale: Tensor | None
+    bias: Tensor | None
+    dtype: Required[torch.dtype]
+
+
 def unsupported(
     x: Tensor | Quantised,
     w: PackedWeight,
-    x_keep: Tensor | None,
-    w_keep: Tensor | None,
-    row_scale: Tensor | None,
-    bias: Tensor | None,
+    *,
+    x_keep: Tensor | None = None,
+    w_keep: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    bias: Tensor | None = None,
     dtype: torch.dtype,
 ) -> str | None:
     """Why no linear's kernel takes these operands of `reference.linear`, in a phrase; None where one may.
@@ -105,10 +118,16 @@ def _unsupported_extras(
 
 
 def matrix(x: Tensor) -> Tensor:
-    """x [..., n] as rows that begin at multiples of 16 bytes, for copies of 16 bytes and for TMA. Copied only
-    if it must be."""
+    """x [..., n] as rows [-1, n] that begin at multiples of 16 bytes, for copies of 16 bytes and for TMA.
+    Copied only if it must be."""
     rows = x.reshape(-1, x.shape[-1])
     apart = rows.stride(0) * x.element_size()
     if rows.stride(1) != 1 or rows.stride(0) < rows.shape[1] or apart % 16:
         rows = rows.contiguous()
     return rows.clone(memory_format=torch.contiguous_format) if rows.data_ptr() % 16 else rows
+
+
+def begun(x: Tensor) -> Tensor:
+    """A tensor that begins where `matrix(x)` does, found faster where no copy is needed."""
+    whole = x.is_contiguous() and (x.shape[-1] * x.element_size()) % 16 == 0 == x.data_ptr() % 16
+    return x if whole else matrix(x)

@@ -6,7 +6,7 @@ them against it. What the host does for a quantiser is here, for kernels with so
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import triton
@@ -17,6 +17,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels import tuning
 from kernels.compiled import Compilation, divisible
 from kernels.reference import Quantised, Quantiser
+from kernels.refusals import UnsupportedError
+from kernels.triton.launching import Launch, by_form
 from kernels.triton.rounding import codes, gated, largest, rounding, scale_and_zero, smallest
 
 # Of one row, in registers.
@@ -97,23 +99,39 @@ def quantise(
     quantiser: Quantiser = {
         "bits": bits, "symmetric": symmetric, "clip": clip, "group": group, "scale": scale, "zero": zero
     }  # fmt: skip
+    launch = _launch(x, gate, choice, overlapped, **quantiser)
+    q = Results(x.shape[:-1], x.shape[-1], x.device, quantiser)
+    if launch is not None:
+        rows = rows_of(x)
+        launch(rows, rows if gate is None else rows_of(gate), *q.pointers())
+    return q.quantised()
+
+
+@by_form
+def _launch(
+    x: Tensor, gate: Tensor | None, choice: Choice | None, overlapped: bool, **quantiser: Unpack[Quantiser]
+) -> Launch | None:
+    """None where there are no rows."""
     check(unsupported(x, gate=gate, **quantiser))
     rows = rows_of(x)
     gates = rows if gate is None else rows_of(gate)
     m, n = rows.shape
+    if not m:
+        return None
+    choice = choice or tuning.lookup("quantise", x.device, m, n, n, Choice())
+    block = max(triton.next_power_of_2(n), 16)
+    many = min(max(choice.tile // block, 1), 16) if m > 64 else 1
     q = Results(x.shape[:-1], n, x.device, quantiser)
-    if m:
-        choice = choice or tuning.lookup("quantise", x.device, m, n, n, Choice())
-        block = max(triton.next_power_of_2(n), 16)
-        many = min(max(choice.tile // block, 1), 16) if m > 64 else 1
-        with torch.cuda.device_of(x):
-            _quantise[(triton.cdiv(m, many),)](
-                rows, gates, *q.pointers(), m, n, rows.stride(0), gates.stride(0), *q.numbers(),
-                **q.constants(x.dtype), GATE=gate is not None, ROWS=many, BLOCK=block, OVERLAPPED=overlapped,
-                num_warps=warps(many * block, choice.elements if m > 64 else choice.few),
-                enable_fp_fusion=False, launch_pdl=overlapped,
-            )  # fmt: skip
-    return q.quantised()
+    return Launch(
+        _quantise,
+        (triton.cdiv(m, many),),
+        (m, n, rows.stride(0), gates.stride(0), *q.numbers()),
+        {**q.constants(x.dtype), "GATE": gate is not None, "ROWS": many, "BLOCK": block,
+         "OVERLAPPED": overlapped},
+        {"num_warps": warps(many * block, choice.elements if m > 64 else choice.few),
+         "enable_fp_fusion": False, "launch_pdl": overlapped},
+        x.device,
+    )  # fmt: skip
 
 
 def unsupported(
@@ -201,9 +219,9 @@ def unsupported_quantiser(
 
 
 def check(reason: str | None) -> None:
-    """Raise ValueError for a reason of `unsupported`."""
+    """Raise UnsupportedError for a reason of `unsupported`."""
     if reason is not None:
-        raise ValueError(f"the Triton kernel does not take {reason}")
+        raise UnsupportedError("the Triton kernel does not take", reason)
 
 
 def rows_of(x: Tensor) -> Tensor:

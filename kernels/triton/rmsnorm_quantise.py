@@ -3,7 +3,7 @@ sum and of the codes, or of the normalised rows."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
 import triton
@@ -15,6 +15,7 @@ from kernels import tuning
 from kernels.compiled import Compilation
 from kernels.pass_reference import Normalised, Normed
 from kernels.reference import Quantiser
+from kernels.triton.launching import Launch, by_form
 from kernels.triton.quantise import (
     DTYPES,
     Results,
@@ -176,15 +177,11 @@ def rmsnorm_quantise(
     follows from it is the same to the bit. choice and overlapped as in `quantise`; the gain is at rest.
     Raises ValueError, naming what does not fit, where `unsupported` does.
     """
-    given: dict[str, Any] = {"add": add, "divisor": divisor, "gain": gain, "row_scale": row_scale}
-    check(unsupported(x, eps=eps, **given, keep=keep, **quantiser))
+    launch = _launch(x, add, eps, divisor, gain, row_scale, keep, True, choice, overlapped, **quantiser)
     leading, n = x.shape[:-1], x.shape[-1]
     q = Results(leading, n - keep, x.device, quantiser)
     kept = x.new_empty(*leading, keep) if keep else None
-    stream, rms = _launch(
-        x, add, eps, divisor, gain, row_scale, keep, (*q.pointers(), kept), q.numbers(),
-        q.constants(x.dtype), True, choice, overlapped,
-    )  # fmt: skip
+    stream, rms = _run(launch, x, add, gain, row_scale, (*q.pointers(), kept))
     return Normalised(stream, kept, q.quantised(), rms)
 
 
@@ -200,15 +197,38 @@ def rmsnorm(
     overlapped: bool = False,
 ) -> Normed:
     """`pass_reference.rmsnorm` on the GPU; otherwise as `rmsnorm_quantise`."""
-    check(unsupported(x, add=add, eps=eps, divisor=divisor, gain=gain, row_scale=row_scale))
+    launch = _launch(x, add, eps, divisor, gain, row_scale, 0, False, choice, overlapped)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    unused = constants(8, True, False, 1.0, x.dtype)
-    stream, rms = _launch(
-        x, add, eps, divisor, gain, row_scale, 0, (y,) * 6, (0, 0, 1.0), unused, False, choice, overlapped
-    )
+    stream, rms = _run(launch, x, add, gain, row_scale, (y,) * 6)
     return Normed(stream, y, rms)
 
 
+def _run(
+    launch: Launch | None,
+    x: Tensor,
+    add: Tensor | None,
+    gain: Tensor | None,
+    row_scale: Tensor | None,
+    results: tuple[Tensor | None, ...],
+) -> tuple[Tensor, Tensor]:
+    """The stream and the rms; what `results` names is written."""
+    stream = x if add is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rms = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    if launch is not None:
+        rows = rows_of(x)
+        launch(
+            rows,
+            rows if add is None else rows_of(add),
+            rows if gain is None else gain.contiguous(),
+            rms if row_scale is None else row_scale.expand(rms.shape).contiguous(),
+            stream,
+            *[rows if part is None else part for part in results],
+            rms,
+        )
+    return stream, rms
+
+
+@by_form
 def _launch(
     x: Tensor,
     add: Tensor | None,
@@ -217,37 +237,38 @@ def _launch(
     gain: Tensor | None,
     row_scale: Tensor | None,
     keep: int,
-    results: tuple[Tensor | None, ...],
-    numbers: tuple[int, int, float],
-    quantiser: dict[str, Any],
     quantised: bool,
     choice: Choice | None,
     overlapped: bool,
-) -> tuple[Tensor, Tensor]:
-    """The stream and the rms; what `results` names is written."""
+    **quantiser: Any,
+) -> Launch | None:
+    """quantiser: of `rmsnorm_quantise`, empty for `rmsnorm`. None where there are no rows."""
+    given: dict[str, Any] = {"add": add, "divisor": divisor, "gain": gain, "row_scale": row_scale}
+    check(unsupported(x, eps=eps, **given, keep=keep, **quantiser))
     rows = rows_of(x)
     m, n = rows.shape
+    if not m:
+        return None
     added = rows if add is None else rows_of(add)
-    stream = x if add is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rms = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
-    if m:
-        choice = choice or tuning.lookup("rmsnorm_quantise", x.device, m, n, n, Choice())
-        block = max(triton.next_power_of_2(n), 32)
-        early = gain is not None and gain.is_contiguous() and m <= FEW  # a copy of it would not be at rest
-        outer = rms if row_scale is None else row_scale.expand(rms.shape).contiguous()
-        with torch.cuda.device_of(x):
-            _rmsnorm[(m,)](
-                rows, added, rows if gain is None else gain.contiguous(), outer, stream,
-                *(rows if part is None else part for part in results), rms,
-                m, n, keep, rows.stride(0), added.stride(0), *numbers, eps, float(divisor or n), **quantiser,
-                QUANTISE=quantised, ADD=add is not None,
-                GAIN=0 if gain is None else 1 if gain.numel() == 1 else 2,
-                EARLY=early, ROW_SCALE=row_scale is not None, KEEP=keep > 0, BLOCK=block,
-                OVERLAPPED=overlapped,
-                num_warps=warps(block, choice.elements if m > FEW else choice.few),
-                enable_fp_fusion=False, launch_pdl=overlapped,
-            )  # fmt: skip
-    return stream, rms
+    numbers: tuple[int, int, float] = (0, 0, 1.0)
+    coded = constants(8, True, False, 1.0, x.dtype)
+    if quantised:
+        q = Results(x.shape[:-1], n - keep, x.device, cast("Quantiser", quantiser))
+        numbers, coded = q.numbers(), q.constants(x.dtype)
+    choice = choice or tuning.lookup("rmsnorm_quantise", x.device, m, n, n, Choice())
+    block = max(triton.next_power_of_2(n), 32)
+    early = gain is not None and gain.is_contiguous() and m <= FEW  # a copy of it would not be at rest
+    return Launch(
+        _rmsnorm,
+        (m,),
+        (m, n, keep, rows.stride(0), added.stride(0), *numbers, eps, float(divisor or n)),
+        {**coded, "QUANTISE": quantised, "ADD": add is not None,
+         "GAIN": 0 if gain is None else 1 if gain.numel() == 1 else 2, "EARLY": early,
+         "ROW_SCALE": row_scale is not None, "KEEP": keep > 0, "BLOCK": block, "OVERLAPPED": overlapped},
+        {"num_warps": warps(block, choice.elements if m > FEW else choice.few),
+         "enable_fp_fusion": False, "launch_pdl": overlapped},
+        x.device,
+    )  # fmt: skip
 
 
 def unsupported(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from kernels import ops
 from methods.checkpoint import Checkpoint
-from methods.decoder import Decoder, State
+from methods.decoder import Block, Decoder, State
 from methods.errors import UserError
 from methods.execution import merge_projections
 from methods.generate import generate
@@ -130,6 +132,42 @@ def distance(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", ["qwen3-qk-norm", "llama-gqa-tied"])
+def test_a_context_that_attention_splits(
+    checkpoints: dict[str, Checkpoint], name: str, bits: str, padded: bool
+) -> None:
+    """Replays give what launches do to the last bit, and both are as near to float64 as a whole pass is."""
+    decoder = build(checkpoints[name], bits)
+    config, capacity, prompt = decoder.config, 2048, 1990
+    assert splits(decoder, 3, capacity) > 1
+    ids = families.tokens(3, prompt + 8, seed=7)
+    mask = (torch.arange(prompt + 8) >= torch.tensor([[0], [333], [1900]])).cuda() if padded else None
+    found = []
+    for decoding in (Decoding(decoder, 3, capacity), launched(decoder, 3, capacity)):
+        decoding.prefill(ids[:, :prompt].cuda(), None if mask is None else mask[:, :prompt])
+        found.append(steps(decoding, ids, prompt))
+        assert captured(decoding) is (len(found) == 1)
+    assert torch.equal(*found)
+    whole = decoder(ids.cuda(), mask=mask)[:, prompt:]
+    want = copy.deepcopy(decoder).to(torch.float64)(ids.cuda(), mask=mask)[:, prompt:]
+    assert found[0].shape == (3, 8, config.vocab_size)
+    assert distance(found[0], want) <= 2 * distance(whole, want)
+
+
+def splits(decoder: Decoder, batch: int, capacity: int) -> int:
+    """Into how many parts a step's attention cuts a context of that room."""
+    from kernels.triton import kv_attention
+
+    block = decoder.layers[0]
+    assert isinstance(block, Block)
+    spec, config = block.self_attn.kv, decoder.config
+    choice = kv_attention.default(16 if spec is None else spec.bits, config.head_dim)
+    processors = torch.cuda.get_device_properties(decoder.device).multi_processor_count
+    return kv_attention.splits_of(capacity, batch * config.kv_heads, choice, processors)
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", NAMES)
 def test_twenty_tokens(checkpoints: dict[str, Checkpoint], name: str, bits: str) -> None:
@@ -170,6 +208,36 @@ def test_a_step_allocates_nothing(checkpoints: dict[str, Checkpoint]) -> None:
         decoding.step(tokens)
     torch.cuda.synchronize()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_what_replays_run_is_counted(checkpoints: dict[str, Checkpoint], bits: str) -> None:
+    """As often, and by the same implementations, as when the host launches it."""
+    decoder = build(checkpoints["llama-gqa-tied"], bits)
+    found = []
+    for decoding in (Decoding(decoder, 3, 64), launched(decoder, 3, 64)):
+        decoding.prefill(IDS[:, :PROMPT].cuda())
+        steps(decoding, IDS[:, : PROMPT + 1], PROMPT)  # captures
+        ops.reset_implementations()
+        steps(decoding, IDS, PROMPT + 1)
+        found.append(ops.implementations())
+    assert found[0] == found[1] and found[0]
+
+
+def test_replaced_weights_are_not_those_of_the_graph(checkpoints: dict[str, Checkpoint]) -> None:
+    decoder = build(checkpoints["llama-gqa-tied"], "w4a8kv8")
+    decoding = Decoding(decoder, 3, 60)
+    options: dict[str, Any] = {"max_new_tokens": 20}
+    generate(decoder, IDS.cuda(), **options, decoding=decoding)
+    first = decoding._graphs[False]
+    generate(decoder, IDS.cuda(), **options, decoding=decoding)
+    assert decoding._graphs[False] is first
+    for _, linear in decoder.linears():
+        assert linear.packed is not None
+        linear.packed = replace(linear.packed, scale=linear.packed.scale.flip(0).contiguous())
+    want = generate(decoder, IDS.cuda(), **options, decoding=launched(decoder, 3, 60))
+    assert generate(decoder, IDS.cuda(), **options, decoding=decoding) == want
+    assert decoding._graphs[False] is not first
 
 
 def test_what_waits_for_the_host_is_launched(checkpoints: dict[str, Checkpoint]) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from harness import power, speed_matrix, speed_report
+from harness import power, speed_matrix, speed_passes, speed_report
+from harness.neighbours import neighbours
 from harness.speed_shapes import SHAPES, tiny
 
 torch = pytest.importorskip("torch")
@@ -49,6 +50,16 @@ def test_everything_runs_by_kernels_and_graphs(record: dict[str, Any]) -> None:
         assert any(name.startswith("triton") for name in record["implementations"][operation]), operation
 
 
+def test_replays_are_counted(record: dict[str, Any]) -> None:
+    """Of one layer, each replay is one call of an operation that a layer has once."""
+    rows = [row for row in record["results"] if (row["form"], row["phase"]) == ("w4a4kv4", "decode")]
+    least = len(rows) * (record["turns"] + 1) * speed_passes.STEPS
+    assert record["replays_counted"]
+    for operation in ("rope_append kv4", "kv_attention kv4"):
+        found = record["implementations"][operation]
+        assert sum(count for name, count in found.items() if name.startswith("triton")) >= least > 0
+
+
 def test_the_peak_is_at_least_what_is_held(record: dict[str, Any]) -> None:
     for row in record["results"]:
         assert row["weights"] + row["kv"] <= row["peak"] < row["weights"] + row["kv"] + 2**31
@@ -78,6 +89,16 @@ def test_energy_is_positive_where_there_is_a_meter(record: dict[str, Any]) -> No
 def test_the_report_is_made_of_it(record: dict[str, Any]) -> None:
     text = speed_report.report(record)
     assert "### layer: decode" in text and "time of each operation" in text
+
+
+def test_what_torch_holds_here_is_nobody_elses() -> None:
+    device = torch.device("cuda")
+    torch.zeros(1, device=device)
+    before = neighbours(device)
+    held = torch.empty(2**31, dtype=torch.uint8, device=device)
+    after = neighbours(device)
+    assert abs(after["gpu_bytes"] - before["gpu_bytes"]) < held.nbytes / 8
+    assert after["gpu_processes"] is None or after["gpu_processes"] >= 0
 
 
 def test_what_the_gpu_cannot_hold_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,9 @@ from harness import tasks
 from harness.lm import DecoderLM
 from methods.calibration import evaluation_text
 from methods.checkpoint import Checkpoint, from_transformers, open_checkpoint
+from methods.decoder import Decoder
 from methods.errors import UserError
+from methods.graphs import Decoding
 from tests import families
 from tests.harness.requests import LONG, generations, loglikelihoods, rolling
 from tests.harness.tokenizers import BOS, EOS, VOCABULARY, byte_tokenizer
@@ -283,6 +285,32 @@ def test_padded_generation_agrees(small: Any) -> None:
     expected = mine.generate_until(requests)
     mine.batched, mine.batch_size = True, 2
     assert mine.generate_until(requests) == expected
+
+
+def test_padded_generation_reserves_what_its_requests_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cache for batches of as many rows that fit it; texts as with room for `max_length`."""
+    model = families.build(families.config("llama3-scaled-rope", vocab_size=VOCABULARY), torch.float64)
+    mine = DecoderLM(from_transformers(model), byte_tokenizer(), max_length=200)
+    made: list[tuple[int, int]] = []
+
+    class Counted(Decoding):
+        def __init__(self, decoder: Decoder, batch: int, capacity: int) -> None:
+            made.append((batch, capacity))
+            super().__init__(decoder, batch, capacity)
+
+    monkeypatch.setattr("harness.lm.Decoding", Counted)
+    lengths = (70, 60, 20, 9, 3)  # as many tokens
+    short = generations(["abcdefg"[length % 7] * length for length in lengths], until=[], max_gen_toks=9)
+    long = generations(["hi"], until=[], max_gen_toks=195)
+    expected = mine.generate_until([*short, *long])
+    mine.batched, mine.batch_size = True, 2
+    made.clear()
+    assert mine.generate_until([*short, *long]) == expected
+    assert made == [(2, 128), (1, 64), (1, 200)]
+    monkeypatch.setattr("harness.lm.ROOM", mine.max_length)
+    made.clear()
+    assert mine.generate_until([*short, *long]) == expected
+    assert made == [(2, 200), (1, 200)]
 
 
 def test_sampling(small: Any) -> None:

@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,6 @@ from harness.speed_targets import Target, judge
 from kernels.timing import Limits
 from methods.decoder import Decoder
 from tests.harness.small_shape import ARGUMENTS, FORMS, SMALL, make_small, measured
-
-REFERENCE = "speed-h100.json"
 
 
 @pytest.fixture(autouse=True)
@@ -119,13 +119,12 @@ def test_another_file_is_refused_in_one_line(
     assert said.startswith("error: ") and said.count("\n") == 1
 
 
-def test_the_committed_report_is_what_its_record_gives(root: Path, tmp_path: Path) -> None:
-    record = root / "results" / "reference" / REFERENCE
-    if not record.exists():
-        pytest.skip("no run on a GPU is committed")
+@pytest.mark.parametrize("shape", ["", "-llama-3.2-1b", "-qwen2.5-7b"])
+def test_the_committed_report_is_what_its_record_gives(shape: str, root: Path, tmp_path: Path) -> None:
+    record = root / "results" / "reference" / f"speed-h100{shape}.json"
     assert speed_report.main([str(record), "--report", str(tmp_path)]) == 0
     for name in (speed_report.REPORT, speed_report.PLOT):
-        assert (tmp_path / name).read_text() == (root / "reports" / "speed" / name).read_text()
+        assert (tmp_path / name).read_text() == (root / "reports" / f"speed{shape}" / name).read_text()
 
 
 def test_what_time_leaves_out_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +273,7 @@ def test_the_most_important_comes_first() -> None:
 def row(form: str, speed_: float | None, weights: int = 10) -> dict[str, Any]:
     about = {"shape": "small", "phase": "decode", "batch": 1, "context": 8, "form": form, "online": "none"}
     seconds = () if speed_ is None else (0.9 / speed_, 1.0 / speed_, 3.0 / speed_)
-    return {**about, "seconds": seconds, "of_floor": 0.5, "weights": weights, "kv": 0}
+    return {**about, "seconds": seconds, "of_floor": 0.5, "weights": weights, "kv": 0, "eager": None}
 
 
 @pytest.mark.parametrize(
@@ -303,6 +302,38 @@ def test_targets_are_judged_by_the_best_form(
     (verdict,) = judge([*rows, *overhead], [target])
     assert (verdict.met, verdict.form) == (met, form)
     assert judge([], [target]) == []
+
+
+@pytest.mark.parametrize(
+    "what, met", [({"what": "speed", "least": 2.0}, None), ({"what": "bytes", "most": 0.5}, True)]
+)
+def test_a_baseline_without_its_graph_judges_no_time(what: dict[str, Any], met: bool | None) -> None:
+    target = Target(
+        "", shape="small", phase="decode", batch=1, context=8, forms=(("w4a8kv8", "none"),), **what
+    )
+    slow = {**row("bf16", 1.0, 100), "eager": "an operation waits"}
+    (verdict,) = judge([slow, row("w4a8kv8", 2.5)], [target])
+    assert verdict.met is met and verdict.value is not None
+    assert (verdict.reason is None) is (met is not None)
+    (verdict,) = judge(
+        [slow], [replace(target, forms=(("bf16", "none"),), what="of_floor", most=None, least=0.1)]
+    )
+    assert verdict.met is None and verdict.reason is not None
+    assert verdict.reason == "the steps of bf16 were launched by the host (an operation waits)"
+
+
+def test_the_report_says_what_is_not_judged(record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU every step is launched by the host."""
+    targets = tuple(
+        Target(title, what, "small", "decode", 1, 8, (("w4a4kv4", "none"),), **bound)
+        for title, what, bound in (("time", "speed", {"least": 1e-9}), ("size", "bytes", {"most": 1.0}))
+    )
+    monkeypatch.setattr(speed_report, "judge", partial(judge, targets=targets))
+    time, size = [
+        line for line in speed_report.report(record).splitlines() if line.startswith(("| time", "| size"))
+    ]
+    assert "not judged: the steps of bf16 were launched by the host (there is no GPU)" in time
+    assert "yes" in size
 
 
 @pytest.mark.parametrize(

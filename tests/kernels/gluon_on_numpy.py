@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import torch
 import triton
 import triton.experimental
 import triton.language as tl
@@ -104,8 +103,9 @@ def install() -> None:
     sys.modules |= stand_ins
     kernels: Any = importlib.import_module("kernels.triton.kv_decode")
     kernels.gdc_wait = kernels.gdc_launch_dependents = lambda: None
-    operands: Any = importlib.import_module("kernels.triton.kv_operands")
-    operands.tl = tl  # the interpreter looks for it where a function is defined
+    for name in ("kv_operands", "kv_ranges"):
+        used: Any = importlib.import_module(f"kernels.triton.{name}")
+        used.tl = tl  # the interpreter looks for it where a function is defined
     triton.experimental.gluon = real["triton.experimental.gluon"]
     sys.modules |= real
 
@@ -124,6 +124,10 @@ def assembled(
         return arguments[0].to(dtype)
     if text.startswith("shl.b32 $0, $2, 16;"):
         return arguments[0].to(tl.float32)
+    if text.startswith("bar.warp.sync"):
+        return arguments[0]
+    if text.startswith("movmatrix"):
+        return _turned(arguments[0])
     kinds = dtype if isinstance(dtype, tuple) else (dtype,)
     shape = np.broadcast_shapes(*(x.handle.data.shape for x in arguments))
     registers: dict[str, np.ndarray] = {
@@ -146,6 +150,16 @@ def assembled(
     return results if isinstance(dtype, tuple) else results[0]
 
 
+def _turned(x: Any) -> Any:
+    """`movmatrix`: what lies where its layout says that 8 x 8 numbers of the last two dimensions lie is what
+    lies across the diagonal."""
+    data = x.handle.data
+    lead, (rows, columns) = data.shape[:-2], data.shape[-2:]
+    blocks = data.reshape(*lead, rows // 8, 8, columns // 8, 8)
+    turned = np.ascontiguousarray(np.swapaxes(blocks, -3, -1)).reshape(data.shape)
+    return tl.tensor(TensorHandle(turned, x.handle.dtype), x.type)
+
+
 def _instruction(name: str, values: list[Any]) -> np.ndarray:
     if name == "mov.b32":
         return np.asarray(values[0])
@@ -159,14 +173,8 @@ def _instruction(name: str, values: list[Any]) -> np.ndarray:
                 bits = [x if row >> 2 - i & 1 else ~x for i, x in enumerate((a, b, c))]
                 found = found | (bits[0] & bits[1] & bits[2])
         return np.asarray(found)
-    if name == "prmt.b32":
-        a, b, selector = values
-        parts = [x >> np.uint32(8 * i) & np.uint32(255) for x in (a, b) for i in range(4)]
-        chosen = [parts[int(selector) >> 4 * i & 7] << np.uint32(8 * i) for i in range(4)]
-        return np.asarray(chosen[0] | chosen[1] | chosen[2] | chosen[3])
-    kind = {"sub.bf16x2": torch.bfloat16, "sub.f16x2": torch.float16}[name]
-    a, b = (
-        torch.from_numpy(np.ascontiguousarray(np.broadcast_arrays(*values)[i]).view(np.int16)).view(kind)
-        for i in range(2)
-    )
-    return (a - b).view(torch.int16).numpy().view(np.uint32)
+    assert name == "prmt.b32", name
+    a, b, selector = values
+    parts = [x >> np.uint32(8 * i) & np.uint32(255) for x in (a, b) for i in range(4)]
+    chosen = [parts[int(selector) >> 4 * i & 7] << np.uint32(8 * i) for i in range(4)]
+    return np.asarray(chosen[0] | chosen[1] | chosen[2] | chosen[3])

@@ -148,10 +148,12 @@ def interpret_attention() -> None:
         for (batch, heads, group, capacity, length), masked in itertools.product(
             ((1, 2, 4, 160, 133), (2, 1, 1, 75, 75), (1, 1, 9, 256, 1)), (False, True)
         ):
-            query = random(batch, heads * group, 1, width, seed=number, dtype=dtype)
+            # Of sizes far apart, where the dtype holds them: no product may leave the range of float32.
+            size = 2.0 ** (30 if masked else -30) if dtype == BF16 else 1.0
+            query = random(batch, heads * group, 1, width, seed=number, dtype=dtype) * size
             rows = [room(batch, heads, capacity, width, bits, symmetric, static, dtype) for _ in range(2)]
-            for seed, each in enumerate(rows):
-                written(each, random(batch, heads, length, width, seed=seed, dtype=dtype))
+            for seed, (each, factor) in enumerate(zip(rows, (1 / size, size), strict=True)):
+                written(each, random(batch, heads, length, width, seed=seed, dtype=dtype) * factor)
             mask = None
             if masked:
                 mask = random(batch, 1, 1, capacity, seed=9) > 0.3

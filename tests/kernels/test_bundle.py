@@ -54,8 +54,8 @@ def test_a_damaged_piece_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_what_is_no_part_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bundle.main(["unpack", str(tmp_path), str(tmp_path / "target")]) == 2
-    assert bundle.main(["collect", "--data", str(tmp_path / "none")]) == 2
-    assert bundle.main(["collect", "--megabytes", "0"]) == 2
+    assert bundle.main(["collect", "grid", "--data", str(tmp_path / "none")]) == 2
+    assert bundle.main(["collect", "peers", "--megabytes", "0"]) == 2
     assert capsys.readouterr().err.count("\n") == 3
 
 
@@ -69,7 +69,7 @@ def test_a_wheel_is_installed_when_it_is_whole(tmp_path: Path, monkeypatch: pyte
     assert not asked
     said = bundle.unpack(tmp_path / "out" / "1", tmp_path / "target")
     assert said == ["installed one-1-py3-none-any.whl", "complete"]
-    assert f"--target={tmp_path / 'target' / 'site'}" in asked[0] and len(asked) == 1
+    assert f"--target={tmp_path / 'target' / bundle.SITE}" in asked[0] and len(asked) == 1
 
 
 def test_a_wheel_that_does_not_fit_leaves_the_rest_alone(
@@ -95,11 +95,18 @@ def test_libraries_for_other_gpus_are_left_out(tmp_path: Path) -> None:
         for name in (*names, "bitsandbytes/__init__.py"):
             archive.writestr(name, name)
         archive.writestr(record, "".join(f"{name},sha256=x,1\n" for name in names))
-    bundle.slim(wheel)
+    bundle.slim(wheel, bundle.IDLE["bitsandbytes"])
     with zipfile.ZipFile(wheel) as archive:
         kept = [names[0], names[3]]
         assert archive.namelist() == [*kept, "bitsandbytes/__init__.py", record]
         assert archive.read(record).decode() == "".join(f"{name},sha256=x,1\n" for name in kept)
+
+
+def test_a_grids_wheels_are_those_of_the_lock_file() -> None:
+    names = bundle.locked(bundle.GRID, bundle.LOCK.read_text())
+    assert [name.split("==")[0] for name in names] == list(bundle.GRID)
+    with pytest.raises(ValueError, match="has no nothing, never"):
+        bundle.locked(["nothing", "pyarrow", "never"], "# nothing==1\npyarrow==2\n")
 
 
 def test_a_manifest_names_every_file(tmp_path: Path) -> None:

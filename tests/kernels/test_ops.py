@@ -1,6 +1,7 @@
 """The operations that methods call: the reference's results, and an account of what ran."""
 
 import importlib
+from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from kernels import integer, kv_reference, ops, pass_reference, reference
 from kernels.kv_reference import kv_rows
 from kernels.packing import packed_width
 from kernels.reference import PackedWeight, Quantised, pack_weight
+from kernels.refusals import UnsupportedError
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +63,20 @@ def test_results_are_the_references_and_are_counted() -> None:
     assert ops.implementations() == {}
 
 
+def test_a_captured_graph_counts_when_it_is_replayed() -> None:
+    x = torch.ones(2, 16)
+    with ops.counted_apart() as calls:
+        ops.gated(x, x)
+        ops.gated(x, x)
+    assert ops.implementations() == {}
+    ops.gated(x, x)
+    for _ in range(3):
+        ops.count_replay(calls)
+    ops.count_replay({"hadamard": Counter(triton=1)})
+    assert ops.implementations() == {"gated": {"reference": 1 + 3 * 2}, "hadamard": {"triton": 1}}
+    assert calls == {"gated": {"reference": 2}}
+
+
 def test_the_route_of_the_integer_product_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     q = reference.quantise(torch.ones(2, 2048), 8, symmetric=True)
     w = pack_weight(q.codes, q.scale, None, 8)
@@ -102,12 +118,14 @@ class Kernels:
     def __init__(self, file: str) -> None:
         self.file = file
 
-    def unsupported(self, *operands: Any, **keywords: Any) -> str | None:
-        bits = [keywords.get("bits"), *(x.bits for x in operands if isinstance(x, PackedWeight))]
-        return "3-bit codes" if 3 in (*bits, *(o for o in operands if isinstance(o, int))) else None
-
     def __getattr__(self, operation: str) -> Any:
-        return lambda *operands, **keywords: (self.file, operation, keywords)
+        def run(*operands: Any, **keywords: Any) -> tuple[str, str, dict[str, Any]]:
+            bits = [keywords.get("bits"), *(x.bits for x in operands if isinstance(x, PackedWeight))]
+            if 3 in (*bits, *(o for o in operands if isinstance(o, int))):
+                raise UnsupportedError("the kernel does not take", "3-bit codes")
+            return self.file, operation, keywords
+
+        return run
 
 
 @pytest.fixture

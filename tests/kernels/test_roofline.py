@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.nn.attention import SDPBackend
 
-from kernels import roofline
+from kernels import gpu_attention, roofline, verdicts
 from kernels.gpu_bench import Row
-from kernels.roofline import index, met, points, report, speed, speeds
-from kernels.targets import COPY, DECIDING, INFORMATION, Target
+from kernels.roofline import report
+from kernels.targets import ATTENTION, COPY, DECIDING, INFORMATION, TORCH_ATTENTION, Target
+from kernels.verdicts import index, met, points, speed, speeds
 
 HEAD: dict[str, Any] = {
     "command": "python -m kernels.bench --device cuda",
@@ -81,7 +83,7 @@ TARGET = Target("one", "linear w4a8", "ours w4a8", ("bf16 cuBLAS",), ("o",), (64
 
 
 def test_a_target_is_judged_by_the_median_over_turns() -> None:
-    rows = roofline.index(
+    rows = index(
         record(
             row("bf16 cuBLAS", "torch", (3e-5, 6e-5, 2.4e-5)), row("ours w4a8", "ours", (1e-5, 2e-5, 1e-5))
         )
@@ -93,7 +95,7 @@ def test_a_target_is_judged_by_the_median_over_turns() -> None:
 
 @pytest.mark.parametrize("seconds, reached", [((1e-5,), True), ((1.0e-5 * 2.75 / 2.69,), False), ((), False)])
 def test_a_target_is_met_missed_or_not_measured(seconds: tuple[float, ...], reached: bool) -> None:
-    rows = roofline.index(
+    rows = index(
         record(row("bf16 cuBLAS", "torch", (2.75e-5,)), row("ours w4a8", "ours", seconds, reason="no"))
     )
     (point,) = points(TARGET, rows)
@@ -224,7 +226,7 @@ def test_a_row_without_a_field_is_one_line(
     (tmp_path / "run.json").write_text(json.dumps(damaged))
     assert roofline.main([str(tmp_path / "run.json"), "--report", str(tmp_path / "report")]) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and roofline.NOT_A_RECORD in said
+    assert said.count("\n") == 1 and verdicts.NOT_A_RECORD in said
 
 
 def test_a_record_without_limits_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,6 +251,75 @@ def test_a_run_is_not_asked_for_what_it_did_not_time() -> None:
     text = report(run)
     assert "| W4A16 g128, few rows |" not in text and "| W4A8, few rows |" in text
     assert "this run did not time: W4A16 g128, few rows; ours w4a16, weights at rest against humming" in text
+
+
+KV4 = next(target for target in DECIDING if target.operation == ATTENTION)
+
+
+def without(*names: str, reason: str | None = None) -> dict[str, Any]:
+    """A run in which these contestants did not take part, or failed with a reason."""
+    run = full(2.0)
+    if reason is None:
+        run["results"] = [row for row in run["results"] if row["name"] not in names]
+    for made in run["results"]:
+        if made["name"] in names:
+            made |= {"seconds": [], "reason": reason, "of_floor": None, "speed": None}
+    return run
+
+
+@pytest.mark.parametrize("backend", ["flash", "cuDNN"])
+def test_kv4_is_not_judged_without_the_fastest_attention(backend: str) -> None:
+    one, folded = TORCH_ATTENTION[backend]
+    for run, why in (
+        (without(one, folded), "not in this run"),
+        (without(one, folded, reason="RuntimeError: No available kernel."), "RuntimeError: No available"),
+    ):
+        every = list(points(KV4, index(run)))
+        assert all(not point.speeds and not met(KV4, point) for point in every)
+        assert all(f"{one}: {why}" in str(point.reason) for point in every)
+        text = report(run)
+        assert "| 0 of 2, 2 not judged | not measured |" in text
+        assert text.count(f"{KV4.title}, batch 1 32768: not judged: {one}: {why}") == 1
+        assert "### Missed" not in text
+    for alone in (one, folded):
+        assert all(met(KV4, point) for point in points(KV4, index(without(alone))))
+    ours_failed = without("ours kv4", one, folded)
+    assert all(point.reason is None and not point.speeds for point in points(KV4, index(ours_failed)))
+
+
+def test_kv4_is_judged_by_the_fastest_that_ran() -> None:
+    run = without("torch math", "torch efficient", reason="no")
+    for made in run["results"]:
+        if made["name"] == "torch cuDNN, heads folded":
+            made["seconds"] = [value / 4 for value in made["seconds"]]
+    (first, _) = points(KV4, index(run))
+    assert first.speed == pytest.approx(2.0) and first.reason is None and not met(KV4, first)
+
+
+def test_every_way_to_attend_is_accounted_for() -> None:
+    run = without("torch efficient", reason="RuntimeError: No available kernel.")
+    run["results"] = [
+        made
+        for made in run["results"]
+        if not made["name"].startswith("torch math")
+        and (made["layer"], made["name"]) != ("batch 8", "ours bf16")
+    ]
+    lines = [line for line in report(run).splitlines() if line.startswith("| ")]
+    total = 8  # batches 1 and 8 at three contexts, and heads of 64 at the longest
+    for line in (
+        f"| ours bf16 | 5 of {total} | not in this run (batch 8 32768, batch 8 1024, batch 8 8192) |",
+        f"| torch flash | {total} of {total} |  |",
+        f"| torch efficient | 0 of {total} | RuntimeError: No available kernel. |",
+        f"| torch math | 0 of {total} | not in this run |",
+        f"| torch math, heads folded | 0 of {total} | not in this run |",
+    ):
+        assert line in lines
+    assert "## Attention in bf16" not in report(record(row("bf16 cuBLAS", "torch", (1e-5,))))
+
+
+def test_pytorch_knows_its_backends_by_the_names_that_are_timed() -> None:
+    assert set(gpu_attention.BACKENDS) == set(TORCH_ATTENTION)
+    assert all(hasattr(SDPBackend, name) for name in gpu_attention.BACKENDS.values())
 
 
 def test_reasons_are_read_beside_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

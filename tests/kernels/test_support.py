@@ -25,6 +25,7 @@ def answers() -> dict[str, tuple[Answer, Answer]]:
 
 def test_every_operation_is_asked_about() -> None:
     switches = {"implementations", "reset_implementations", "reference_only", "weights_at_rest"}
+    switches |= {"counted_apart", "count_replay"}
     helpers = {"refusal", "linear_kernel", "kernel_file", "unfit_triton"}
     helpers |= {"contextmanager", "cache", "find_spec"}
     operations = {name for name, _ in inspect.getmembers(ops, inspect.isfunction) if not name.startswith("_")}
@@ -59,6 +60,12 @@ def test_answers_are_complete(answers: dict[str, tuple[Answer, Answer]]) -> None
         ("linear: w4a16, 1 row of bfloat16, groups of 128", "triton (linear_a16)"),
         (f"linear: w4a16, {ops.FEW_A16_ROWS} rows of bfloat16, groups of 128", "triton (linear_a16)"),
         (f"linear: w4a16, {ops.FEW_A16_ROWS + 1} rows of bfloat16, groups of 128", "triton (dequantise)"),
+        ("linear: w4a16, 1 row, groups of 32", "triton (dequantise)"),
+        ("linear: w4a16, 1 row, K = 576, groups of 64", "triton (dequantise)"),
+        ("linear: w4a16, 1 row, groups of 64 with zero-points", "triton (linear_a16)"),
+        ("linear: w4a16, 1 row, one scale an output", "triton (linear_a16)"),
+        ("linear: w4a16, 1 row, groups along axis 0", "reference: groups along axis 0"),
+        ("linear: w4a16, 1 row of float32", "reference: inputs in torch.float32"),
         ("linear: w4a16, 1024 rows, groups of 64 with zero-points", "triton (dequantise)"),
         ("linear: w4a16, 1024 rows, 64 kept channels", "triton (dequantise)"),
         ("linear: w4a8, 1 row, K = 100", "reference: K = 100 is no multiple of 32"),

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from kernels import ops
+from methods import graphs
 from methods.checkpoint import Checkpoint, from_transformers
 from methods.decoder import Decoder
 from methods.generate import generate, sample
@@ -95,6 +101,82 @@ def test_truncated_and_used_again(name: str) -> None:
     decoding.truncate(0)
     steps = torch.stack([decoding.step(IDS[:, place]) for place in range(21)], dim=1)
     assert relative(steps, decoder(IDS)) < 1e-12
+
+
+@dataclass
+class Replay:
+    """Stands in for a CUDA graph of a decoding's step: a replay writes where the first run did, with the
+    weights of that time, and no operation is called."""
+
+    decoding: Decoding
+    decoder: Decoder
+    logits: Tensor
+
+    def replay(self) -> None:
+        now, self.decoding.decoder = self.decoding.decoder, self.decoder
+        with ops.counted_apart():
+            self.logits.copy_(self.decoding._pass())
+        self.decoding.decoder = now
+        self.decoding._clock.add_(1)
+
+
+def capture(decoding: Decoding) -> None:
+    """As on a GPU, but for the graph."""
+    with ops.counted_apart() as calls:
+        logits = decoding._pass()
+    graph: Any = Replay(decoding, copy.deepcopy(decoding.decoder), logits)
+    weights = graphs._places(decoding.decoder)
+    decoding._graphs[decoding._padded] = graphs._Captured(graph, logits, calls, weights)
+
+
+@pytest.fixture
+def replaying(monkeypatch: pytest.MonkeyPatch, checkpoints: dict[str, Checkpoint]) -> Decoding:
+    monkeypatch.setattr(Decoding, "_capture", capture)
+    decoding = Decoding(build(checkpoints["llama-biases"], *EXECUTIONS["packed"]), 3, 21)
+    decoding.eager = None
+    return decoding
+
+
+def test_operations_of_replays_are_counted_as_calls_are(
+    replaying: Decoding, checkpoints: dict[str, Checkpoint]
+) -> None:
+    launched = Decoding(replaying.decoder, 3, 21)
+    found = []
+    for decoding in (launched, replaying):
+        decoding.prefill(IDS[:, :12])
+        ops.reset_implementations()
+        for place in range(12, 21):
+            decoding.step(IDS[:, place])
+        found.append(ops.implementations())
+    assert found[0] == found[1] and "kv_attention kv4" in found[0]
+    layers = replaying.decoder.config.layers
+    assert sum(found[1]["linear w4a4"].values()) == 9 * 7 * layers
+
+
+def test_a_graph_of_weights_that_were_replaced_is_captured_anew(replaying: Decoding) -> None:
+    """Floats and packed codes. What is changed in place, the same graph reads."""
+    decoder = replaying.decoder
+    linear = next(linear for _, linear in decoder.linears())
+    assert linear.packed is not None
+
+    def checked() -> None:
+        replaying.reset()
+        assert relative(replayed(replaying, IDS, None, 12, None), decoder(IDS)[:, 11:]) < 1e-9
+
+    checked()
+    before = replaying._graphs[False]
+    checked()
+    assert replaying._graphs[False] is before
+    decoder.lm_head.weight = nn.Parameter(decoder.lm_head.weight.flip(0), requires_grad=False)
+    checked()
+    linear.packed = replace(linear.packed, scale=linear.packed.scale * 2)
+    checked()
+    flipped = linear.packed.packed.flip(0)
+    linear.packed.packed.copy_(flipped)
+    kept = replaying._graphs[False]
+    replaying.reset()
+    replayed(replaying, IDS, None, 12, None)
+    assert replaying._graphs[False] is kept is not before
 
 
 def test_room_and_misuse_are_named() -> None:
