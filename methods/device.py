@@ -1,6 +1,9 @@
-"""Devices, as users name them."""
+"""Devices, as users name them, and models on them for a while."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -20,3 +23,14 @@ def parse_device(text: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {text!r}: this machine has {torch.cuda.device_count()} GPU(s)")
     return device
+
+
+@contextmanager
+def placed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """The model on `device`; at its end it is where it was."""
+    home = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
