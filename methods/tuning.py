@@ -161,11 +161,12 @@ def tune(
             ctx.report(f"tuning kept columns and scales, loss {loss:.3f}", done, total)
 
         found, losses = descend(start, objective, schedule, snapshots=snapshots, report=report)
+        changes = {name: _change(name, start[name], found[name]) for name in found}
+        kept = {name: _changed(name, start[name], change) for name, change in changes.items()}
         compared = {
-            name: {"before": measure(rows, start), "after": measure(rows, found), "windows": len(rows)}
+            name: {"before": measure(rows, start), "after": measure(rows, kept), "windows": len(rows)}
             for name, rows in (("tuned_on", shown), ("held_out", held_out))
         }
-        changes = {name: _change(name, start[name], found[name]) for name in found}
     seen = schedule.steps * batch
     meta: dict[str, Any] = {
         "parameters": {
@@ -186,6 +187,11 @@ def _change(name: str, before: Tensor, after: Tensor) -> Tensor:
     return change.to("cpu", STORED)
 
 
+def _changed(name: str, before: Tensor, change: Tensor) -> Tensor:
+    change = change.to(before)
+    return before + change if name.startswith(KEPT) else before * (1 + change)
+
+
 @torch.no_grad()
 def adjust(model: Decoder, changes: Mapping[str, Tensor]) -> None:
     """Change kept columns and scales of a rounded model, in place, as `tune` found."""
@@ -195,7 +201,8 @@ def adjust(model: Decoder, changes: Mapping[str, Tensor]) -> None:
         assert linear.quantised is not None
         if linear.keep:
             weight = linear.weight.clone()
-            weight[:, : linear.keep] += changes[KEPT + name].to(weight)
+            kept = weight[:, : linear.keep]
+            kept.copy_(_changed(KEPT, kept, changes[KEPT + name]))
             linear.set_weight(weight)
-        scale = linear.quantised.scale
-        linear.round_to(replace(linear.quantised, scale=scale * (1 + changes[SCALE + name].to(scale))))
+        scale = _changed(SCALE, linear.quantised.scale, changes[SCALE + name])
+        linear.round_to(replace(linear.quantised, scale=scale))
