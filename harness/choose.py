@@ -38,8 +38,8 @@ from methods.registry import parse_method
 SCHEMA = 1
 SAID = """\
 {model}, {windows} windows of {length} tokens of tuning text, {seeds}; calibration {samples} x {tokens} \
-tokens where a method does not say otherwise. Loss in nats per token. Difference: to the first line, paired over \
-passages; its 95 % interval is from passages, with three seeds or more from the spread between seeds.
+tokens where a method does not say otherwise. Loss in nats per token. Difference: to the first line, paired \
+over passages; its 95 % interval is from passages, with three seeds or more from the spread between seeds.
 
 Command: `{command}`"""
 

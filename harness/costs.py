@@ -12,7 +12,7 @@ from harness.markdown import plain, table
 from harness.records import Cell, Model, Record, Row, Run, number
 from harness.tables import distinct, mean_accuracy_text, value_text
 
-STAGES = ("load", "learn", "transform", "round", "pack", "evaluate")
+STAGES = ("load", "learn", "transform", "round", "tune", "pack", "evaluate")
 ALWAYS = {"load", "learn", "transform", "round", "evaluate"}
 """Stages with a column of their own whether or not a cell has them."""
 MEASURED = "As measured on the machine of the settings: mean over seeds, of memory the largest."

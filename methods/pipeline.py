@@ -231,11 +231,32 @@ def _learn(
     )
 
 
-def rounded_as(pipeline: Pipeline, bits: Bits, settings: QuantiserSettings) -> dict[str, Any]:
-    """What a rounded model depends on beside all that what is learned before rounding does, as JSON."""
+def describe_tuning(
+    checkpoint: Checkpoint,
+    pipeline: Pipeline,
+    part: Method,
+    bits: Bits,
+    settings: QuantiserSettings,
+    dtype: torch.dtype,
+    calibration: Tensor,
+    ctx: Context,
+) -> dict[str, Any]:
+    """What `artifacts.describe` says of that which `part` tunes: the rounding belongs to it."""
     lead = pipeline.lead
-    options = {"rounding": lead.rounding, "damp": lead.damp, "act_order": lead.act_order}
-    return {"bits": str(bits), "quantiser": asdict(settings), **options}
+    rounded = {
+        "tuned by": part.name,
+        "bits": str(bits),
+        "quantiser": asdict(settings),
+        **{option: getattr(lead, option) for option in ("rounding", "damp", "act_order")},
+    }
+    return artifacts.describe(
+        pipeline.parts,
+        ctx,
+        model_sha256=checkpoint.sha256,
+        dtype=dtype,
+        calibration=calibration,
+        rounded=rounded,
+    )
 
 
 def _tune(
@@ -251,14 +272,7 @@ def _tune(
     """What `part` finds to change in the rounded model."""
     if not bits.quantises_weights or calibration is None:
         raise UserError(f"{pipeline.spec} at {bits}: tuning needs quantised weights and calibration tokens")
-    about = artifacts.describe(
-        pipeline.parts,
-        ctx,
-        model_sha256=checkpoint.sha256,
-        dtype=model.dtype,
-        calibration=calibration,
-        rounded={"tuned by": part.name, **rounded_as(pipeline, bits, settings)},
-    )
+    about = describe_tuning(checkpoint, pipeline, part, bits, settings, model.dtype, calibration, ctx)
     snapshots = None
     if ctx.cache is not None:
         snapshots = Snapshots(ctx.cache / f"{artifacts.key_of(about)}.unfinished.safetensors", about)

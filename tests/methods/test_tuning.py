@@ -22,7 +22,7 @@ from methods.decoder import Decoder
 from methods.descent import Schedule
 from methods.errors import UserError
 from methods.method import Artifact, Context
-from methods.pipeline import Quantised, quantise, rounded_as
+from methods.pipeline import Quantised, quantise
 from methods.registry import parse_method
 from methods.tuning import KEPT, SCALE, adjust, codes_of, next_token_loss, pieces, quantised_logits, trainable
 from tests import families
@@ -280,7 +280,6 @@ def test_what_is_tuned_is_kept_by_bits_quantisers_and_rounding(
         kinds = ["rounded" in record["about"] for record in records]
         assert kinds.count(True) == number
         assert kinds.count(False) == 1, "the decomposition is one for all"
-    assert rounded_as(parse_method(TUNED), Bits.parse("w4a4kv4"), QuantiserSettings())["bits"] == "w4a4kv4"
 
 
 def test_what_ships_is_found_by_code_of_any_age(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
