@@ -8,7 +8,9 @@ differences are to the first method given, paired over passages. Exit status 2: 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -19,11 +21,10 @@ from typing import Any
 
 import torch
 
-from harness import environment, perplexity, stats, store
-from harness.cell import artifact_folder
-from harness.grid import silence_libraries
+from harness import environment, perplexity, store
 from harness.markdown import table
 from harness.perplexity import Windows
+from methods import assets
 from methods.bits import Bits, QuantiserSettings
 from methods.calibration import Corpus, load_corpus, token_windows
 from methods.checkpoint import DEFAULT_MODEL, Checkpoint, open_checkpoint
@@ -67,7 +68,7 @@ def quantised(study: Study, method: str, bits: Bits, seed: int) -> Quantised:
         tokens = token_windows(
             study.corpus, study.checkpoint.tokenizer, samples=samples, length=length, seed=seed
         )
-    ctx = Context(study.device, seed, cache=artifact_folder())
+    ctx = Context(study.device, seed, cache=assets.home() / "artifacts")
     return quantise(study.checkpoint, pipeline, bits, ctx, settings=settings, calibration=tokens)
 
 
@@ -82,7 +83,7 @@ def measure(study: Study, method: str, bits: Bits, seed: int) -> Record:
         "method": method,
         "bits": str(bits),
         "seed": seed,
-        "loss": stats.log_perplexity(rows).value,
+        "loss": math.fsum(row["nll"] for row in rows) / sum(row["tokens"] for row in rows),
         "effective_bits": {
             **effective_bits(made.decoder, made.plan),
             "model": model_bits(made.decoder, made.plan) / parameters,
@@ -151,6 +152,8 @@ def report(record: Record) -> str:
 
 def _difference(first: Sequence[Record], rows: Sequence[Record]) -> str:
     """Of two methods, over the seeds that both have."""
+    from harness import stats  # needs scipy, which a GPU machine may lack
+
     twins = {row["seed"]: row for row in first}
     found = [
         stats.paired_log_perplexity(twins[row["seed"]]["rows"], row["rows"])
@@ -172,7 +175,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m harness.choose",
         description="Compare methods on tuning text, as options are to be chosen.",
     )
-    result.add_argument("methods", nargs="+", metavar="METHOD", help="methods with their options")
+    result.add_argument("methods", nargs="*", metavar="METHOD", help="methods with their options")
     result.add_argument("--bits", default="w4a4kv4", help="bit-widths (default %(default)s)")
     result.add_argument("--model", default=DEFAULT_MODEL, help="default %(default)s")
     result.add_argument("--seeds", type=int, default=1, help="0, 1, ... (default %(default)s)")
@@ -189,10 +192,15 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default %(default)s)")
     result.add_argument("--out", type=Path, metavar="FILE", help="write the record there, as JSON")
     result.add_argument("--report", type=Path, metavar="FILE", help="write the table there, as Markdown")
+    result.add_argument(
+        "--render", type=Path, metavar="FILE", help="measure nothing, make the table of this record"
+    )
     return result
 
 
-def _study(arguments: argparse.Namespace, command: str) -> int:
+def _study(arguments: argparse.Namespace, command: str) -> Record:
+    if not arguments.methods:
+        raise UserError("give at least one method")
     if min(arguments.seeds, arguments.windows, *arguments.calibration) < 1 or arguments.length < 16:
         raise UserError("give at least 1 seed, 1 window and 1 calibration sequence, and windows of 16 tokens")
     for method in arguments.methods:
@@ -212,21 +220,34 @@ def _study(arguments: argparse.Namespace, command: str) -> int:
         if arguments.out is not None:
             store.write_json(arguments.out, record)
 
-    record = run(study, arguments.methods, bits, arguments.seeds, command, save)
-    text_of = report(record)
-    if arguments.report is not None:
-        arguments.report.write_text(text_of, encoding="utf-8")
-    print(text_of)
-    return 0
+    return run(study, arguments.methods, bits, arguments.seeds, command, save)
+
+
+def _read(path: Path) -> Record:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no record that can be read ({error})") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA or not record.get("rows"):
+        raise UserError(f"{path}: no record of harness/choose.py, schema {SCHEMA}")
+    return record
 
 
 def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     arguments = parser().parse_args(given)
-    silence_libraries()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         refuse_foreign_kernels()
-        return _study(arguments, f"python -m harness.choose {shlex.join(given)}")
+        if arguments.render is not None:
+            record = _read(arguments.render)
+        else:
+            record = _study(arguments, f"python -m harness.choose {shlex.join(given)}")
+        text = report(record)
+        if arguments.report is not None:
+            arguments.report.write_text(text, encoding="utf-8")
+        print(text)
+        return 0
     except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

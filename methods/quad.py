@@ -70,9 +70,9 @@ class QUAD(Method):
     On the default model's tuning text (6 windows of 512 tokens, seed 0), ranks 0, 4, 8, 16, 32 and 64 give
     3.675, 3.525, 3.482, 3.462, 3.442 and 3.431 nats per token at w16a4kv4, and 5.04, 3.94, 3.93, 3.91, 3.84
     and 3.71 at w4a4kv4 rounded to nearest: the first few directions bring most of it, at 0.02 bits a weight
-    each. 16 is the least that the GPU's kernels take, which want multiples of it. Behind that last rounding of
-    rank 16, 30 steps of tuning at a rate of 3e-5, 1e-4 or 2e-4 bring 3.88 (6 windows of 256 tokens) to 3.45,
-    3.38 or 3.52; ten times the rate for kept columns alone brings it to 3.99.
+    each. 16 is the least that the GPU's kernels take, which want multiples of it. Behind that rounding, 30
+    steps of tuning at rates of 3e-5, 1e-4 and 2e-4 bring 3.88 (rank 16, 6 windows of 256 tokens) to 3.45,
+    3.38 and 3.52; at 1e-4 with ten times the rate for kept columns, to 3.99.
     """
 
     name: ClassVar[str] = "quad"

@@ -102,7 +102,16 @@ def test_differences_are_paired_by_seed(seeds: int) -> None:
         assert f"[{low:+.4f}, {high:+.4f}]" in line
 
 
-@pytest.mark.parametrize("wrong", [["quodd"], ["rtn", "--seeds", "0"], ["rtn", "--bits", "w9"]])
+def test_a_record_is_rendered_again(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, text = study(model, tmp_path, "rtn")
+    capsys.readouterr()
+    assert choose.main(["--render", str(tmp_path / "out.json")]) == 0
+    assert capsys.readouterr().out == text + "\n"
+    (tmp_path / "other.json").write_text("{}")
+    assert choose.main(["--render", str(tmp_path / "other.json")]) == 2
+
+
+@pytest.mark.parametrize("wrong", [[], ["quodd"], ["rtn", "--seeds", "0"], ["rtn", "--bits", "w9"]])
 def test_mistakes_are_one_line(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert choose.main(wrong) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
