@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from methods.decoder import Block, Decoder, State, attention_mask
@@ -32,6 +34,8 @@ from methods.method import Artifact, Context
 
 KEPT, SCALE = "kept ", "scale "
 """Names of what learns begin so; the linear's full name follows."""
+AT_ONCE = 8192
+"""Tokens that pass the network together, as far as windows are whole."""
 STORED = torch.float16
 """Dtype of the changes that are kept: theirs is the relative precision, not that of the weights."""
 Parameters = Mapping[str, Tensor]
@@ -110,7 +114,9 @@ def _block(
         for name, _ in block.linears()
         if prefix + name in codes
     }
-    state: State = functional_call(block, weights, (State(x), angles, mask))
+    # On GPUs the fused kernels add up gradients in any order: another run would learn other numbers.
+    with sdpa_kernel(SDPBackend.MATH) if x.is_cuda else nullcontext():
+        state: State = functional_call(block, weights, (State(x), angles, mask))
     return state.stream
 
 
@@ -132,27 +138,29 @@ def tune(
     """What to change, for `adjust`: tensors named as by `trainable`, and how it was learned. The model,
     rounded and simulated, is left as it is.
 
-    ids, held_out: windows [n, T]. A step reads the next `batch` of ids, from the first again behind the last,
-    one at a time. `held_out` is read by nothing but the loss before and after.
+    ids, held_out: windows [n, T]. A step reads the next `batch` of ids, from the first again behind the last.
+    `held_out` is read by nothing but the loss before and after.
     """
     started, shown = time.perf_counter(), ids[: len(held_out)]
+    at_once = max(1, AT_ONCE // ids.shape[1])
     with placed(model, ctx.device):
         start, codes = trainable(model), codes_of(model)
 
-        def loss_of(row: Tensor, parameters: Parameters) -> Tensor:
-            return next_token_loss(model, row[None].to(model.device), parameters, codes)
+        def loss_of(rows: Tensor, parameters: Parameters) -> Tensor:
+            return next_token_loss(model, rows.to(model.device), parameters, codes)
 
         def objective(step: int, parameters: dict[str, Tensor]) -> float:
             total = 0.0
-            for place in range(step * batch, (step + 1) * batch):
-                loss = loss_of(ids[place % len(ids)], parameters) / batch
+            places = torch.arange(step * batch, (step + 1) * batch) % len(ids)
+            for rows in ids[places].split(at_once):
+                loss = loss_of(rows, parameters) * (len(rows) / batch)
                 loss.backward()
                 total += float(loss.detach())
             return total
 
         def measure(rows: Tensor, parameters: Parameters) -> float:
             with torch.no_grad():
-                return sum(float(loss_of(row, parameters)) for row in rows) / len(rows)
+                return sum(float(loss_of(row[None], parameters)) for row in rows) / len(rows)
 
         steps: list[int] = []
 
