@@ -16,9 +16,11 @@ STAGES = ("load", "learn", "transform", "round", "tune", "pack", "evaluate")
 ALWAYS = {"load", "learn", "transform", "round", "evaluate"}
 """Stages with a column of their own whether or not a cell has them."""
 MEASURED = "As measured on the machine of the settings: mean over seeds, of memory the largest."
-LEARNED = (
-    "Of the run that learned, on its machine; cells of other bit-widths and later runs take it from disk."
-)
+LEARNED = """\
+Of the run that learned, on its device: of the quickest seed, of memory the largest; cells of other \
+bit-widths and later runs take it from disk. Capture: passing the calibration text for a sample. Start: \
+learning what it starts from, capture included. Peak memory: while it learned, on a GPU what was allocated \
+there, else of the whole process, model and libraries included. Sample: kept in the host's memory."""
 MEMORY = """\
 Computed: what the bit-widths promise, counted as in the effective bits: b bits a b-bit code, 16 bits a \
 scale, b bits a weight's zero-point and 16 a KV entry's, 16 bits a value that is not quantised. Measured: \
@@ -129,14 +131,22 @@ def _speed_section(models: Sequence[Model]) -> list[str]:
 
 def _learning_section(rows: Costs) -> list[str]:
     """Empty where no cell has learned anything: the run that learned it, once for all bit-widths."""
+    stages = {stage: f"{stage}_seconds" for stage in ("capture", "start", "learn", "tune")}
+    sizes = {"peak memory (MiB)": "learn_peak_bytes", "sample (MiB)": "sample_bytes"}
     lines: dict[tuple[str, ...], None] = {}
     for name, row, costs in rows:
-        for method, spent in (costs[0].get("learned") or {}).items():
-            for what, value in spent.items():
-                if what.endswith("_seconds"):
-                    stage = what.removesuffix("_seconds")
-                    lines[name, row.label, f"{method}, {stage}", f"{number(value):.1f}"] = None
-    head = ["model", "method", "what", "seconds"]
+        spent: dict[str, list[Record]] = {}
+        for cost in costs:
+            for method, facts in (cost.get("learned") or {}).items():
+                spent.setdefault(method, []).append(facts)
+        for method, runs in spent.items():
+            line = [name, row.label, method]
+            for key in (*stages.values(), *sizes.values()):
+                found = [number(facts[key]) for facts in runs if facts.get(key) is not None]
+                value = (min(found) if key in stages.values() else max(found) / MEBIBYTE) if found else 0.0
+                line.append(f"{value:.1f}" if found else "–")
+            lines[(*line, distinct(facts.get("device") for facts in runs))] = None
+    head = ["model", "method", "what", *(f"{stage} (s)" for stage in stages), *sizes, "device"]
     return ["### What learning took", table(head, list(lines)), LEARNED] if lines else []
 
 

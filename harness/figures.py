@@ -60,10 +60,11 @@ def kurtosis_section(model: Model, figures: Path, stem: str) -> list[str]:
     """Outliers before and after each transform: writes the figure, returns its text; empty without any."""
     measured: dict[str, list[Record]] = {}
     for row in model.rows:  # fewest bits come last and win: the transform is the same at every bit-width
-        for cell in () if row.first.is_float else row.cells[:1]:
+        for cell in () if row.first.is_float else row.cells:
             points = cell.record.get("diagnostics", {}).get("kurtosis")
             if points:
                 measured[row.label] = points
+                break
     sites = list(dict.fromkeys(str(point["site"]) for points in measured.values() for point in points))
     panels, changed = [], set()
     for site in sorted(sites, key=lambda site: (*SITES, site).index(site)):

@@ -5,20 +5,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from harness import plots
+from harness import inference, plots
 from harness.markdown import table
-from harness.records import Cell, Column, Model, Record, Row, number, overall
+from harness.records import Cell, Column, Model, Record, Row, number
 from harness.tables import perplexity_of
 
 TOKENS = """\
-Tokens: what the learner was shown in all, how many of them are different, and for SpinQuant the 800 x 2,048 \
-of its paper. Loss: cross-entropy in nats of the quantised network (SpinQuant), or distance of kurtosis \
-from 1.8 (KurTail), at the first and last step, each on what that step saw. Error: the largest max|RRᵀ - I| \
-that a step left, before the final decomposition makes R orthogonal to 1e-12. What is kept is learned once \
-for all bit-widths; the section on costs says how long it took."""
+Tokens: what the learner was shown in all, how many of them lie in different windows of the calibration \
+text (which may overlap), and for SpinQuant the 800 x 2,048 of its paper. Loss: cross-entropy in nats of the \
+quantised network (SpinQuant), or distance of kurtosis from 1.8 (KurTail), at the first and last step, each \
+on what that step saw. Error: the largest max|RRᵀ - I| that a step left, before the final decomposition \
+makes R orthogonal to 1e-12. What is kept is learned once for all bit-widths; the section on costs says how \
+long it took."""
 CONVERGENCE = """\
 *The loss that each learner descends on, against its steps (first seed): a noisy line, because every step \
 sees other tokens. Where it has not flattened, more steps or more text may still help.*"""
@@ -31,18 +33,22 @@ Of the rounded and quantised network: weights kept in full precision and scales 
 were shown (in brackets how many of them are different), and its cross-entropy in nats before and after, on \
 so many windows each of what it was tuned on and of calibration text that it was not. Unlike what is learned \
 before rounding, this belongs to one bit-width. The section on costs says how long it took."""
+LAYERS = """\
+*The same by layer: above, the largest value of a token over its root mean square; below, signal to noise \
+under the 4-bit quantiser. Kurtosis by layer stands under the outliers.*"""
 HISTOGRAMS = """\
 *How often values of block inputs occur, in units of their token's root mean square, all layers together \
 (log scale; the outermost bins hold all that lies beyond). Outlier channels make the long tails of the grey \
 line; the narrower a line, the finer its 4-bit grid.*"""
 SIZES = """\
-*Perplexity and kurtosis on tuning text against the number of sequences that were learned from; rounding \
-reads the same calibration text throughout. Where the lines are flat, more text does not help.*"""
+*Perplexity, and kurtosis on tuning text, against the number of sequences that were learned from, over the \
+seeds that all points share; rounding reads the same calibration text throughout. Where the lines are flat, \
+more text does not help.*"""
 
 
 def learning_section(model: Model, figures: Path, stem: str) -> list[str]:
     """Writes the figures, returns their text; empty where no cell has learned anything."""
-    learned = {row: facts for row in _one_width(model) if (facts := _facts(row.first))}
+    learned = {row: facts for row in _one_width(model) if (facts := _facts(row))}
     text = []
     if learned:
         text += [
@@ -61,10 +67,20 @@ def _one_width(model: Model) -> list[Row]:
     return list({row.label: row for row in model.rows if not row.first.is_float}.values())
 
 
-def _facts(cell: Cell) -> dict[str, Record]:
-    """What the methods of a cell learned, by method: those that keep a log."""
-    learned = (cell.record.get("diagnostics") or {}).get("learned") or {}
-    return {name: facts for name, facts in learned.items() if facts.get("log")}
+def _found(row: Row, what: str) -> Any:
+    """A diagnostic of the first cell of a row that has it: the first seed's, unless that failed."""
+    return next((found for cell in row.cells if (found := _diagnostics(cell).get(what))), None)
+
+
+def _diagnostics(cell: Cell) -> Record:
+    return cell.record.get("diagnostics") or {}
+
+
+def _facts(row: Row) -> dict[str, Record]:
+    """What the methods of a row learned, by method: those that keep a log of at least one step."""
+    learned = _found(row, "learned") or {}
+    logged = {name: list((facts.get("log") or {}).values()) for name, facts in learned.items()}
+    return {name: learned[name] for name, logs in logged.items() if logs and all(log["loss"] for log in logs)}
 
 
 def _tokens(learned: Mapping[Row, Mapping[str, Record]]) -> str:
@@ -123,15 +139,16 @@ def _tuning(model: Model) -> list[str]:
 
 def _histograms(model: Model, figures: Path, stem: str) -> list[str]:
     lines: list[list[str]] = []
+    measured: dict[str, list[Record]] = {}
     panels: dict[str, plots.HistogramPanel] = {}
     for row in _one_width(model):
-        diagnostics = row.first.record.get("diagnostics") or {}
-        points = [point for point in diagnostics.get("kurtosis") or () if "snr_after" in point]
+        points = [point for point in _found(row, "kurtosis") or () if "snr_after" in point]
         if points and not lines:
             lines.append(["(before)", *_means(points, "before")])
         if points:
             lines.append([row.label, *_means(points, "after")])
-        for entry in diagnostics.get("histograms") or ():
+            measured[row.label] = points
+        for entry in _found(row, "histograms") or ():
             panel = panels.setdefault(
                 entry["site"],
                 plots.HistogramPanel(f"{entry['site']} inputs", entry["reach"], entry["before"]),
@@ -141,11 +158,37 @@ def _histograms(model: Model, figures: Path, stem: str) -> list[str]:
     if not lines:
         return []
     text = [INPUTS, table(["method", "kurtosis", "largest / rms", "signal to noise (dB)"], lines)]
+    plots.layers_figure(figures / f"{stem}-layers.svg", _layers(measured), model.labels)
+    text += [
+        f"![Largest value and signal to noise of block inputs by layer](figures/{stem}-layers.svg)",
+        LAYERS,
+    ]
     if not panels:
         return text
     plots.histogram_figure(figures / f"{stem}-inputs.svg", list(panels.values()), model.labels)
     alt = "Histograms of block inputs before and after each transform"
     return [*text, f"![{alt}](figures/{stem}-inputs.svg)", HISTOGRAMS]
+
+
+def _layers(measured: Mapping[str, Sequence[Record]]) -> list[plots.LayersPanel]:
+    """A panel for each quantity and site; methods without a transform stay on the line of before."""
+    sites = dict.fromkeys(point["site"] for points in measured.values() for point in points)
+    panels = []
+    for key, title in (("peak", "largest / rms"), ("snr", "signal to noise (dB)")):
+        for site in sites:
+            before: list[tuple[int, float]] = []
+            after: dict[str, list[tuple[int, float]]] = {}
+            for label, points in measured.items():
+                here = [point for point in points if point["site"] == site]
+                first, then = (
+                    [(int(point["layer"]), number(point[f"{key}_{when}"])) for point in here]
+                    for when in ("before", "after")
+                )
+                before = before or first
+                if any(abs(b - a) > 1e-3 * abs(a) for (_, a), (_, b) in zip(first, then, strict=True)):
+                    after[label] = then
+            panels.append(plots.LayersPanel(f"{title}, {site} inputs", before, after))
+    return panels
 
 
 def _means(points: Sequence[Record], when: str) -> list[str]:
@@ -160,7 +203,7 @@ def _sizes(model: Model, figures: Path, stem: str) -> list[str]:
         return []
     groups: dict[str, list[tuple[int, Row]]] = {}
     for row in model.rows:
-        for name, facts in _facts(row.first).items():
+        for name, facts in _facts(row).items():
             if facts.get("sequences"):
                 method = row.first.record["method"]
                 options = dict((method.get("options") or {}).get(name) or {}, sequences=None)
@@ -171,7 +214,9 @@ def _sizes(model: Model, figures: Path, stem: str) -> list[str]:
         if len({size for size, _ in rows}) > 1:
             ordered = sorted(rows, key=lambda item: item[0])
             label = f"{ordered[0][1].first.record['method']['name']}, {ordered[0][1].bits}"
-            curves[label] = [(size, *_at_size(row, column)) for size, row in ordered]
+            seeds = set.intersection(*({cell.seed for cell in row.with_(column)} for _, row in ordered))
+            curves[label] = [(size, *_at_size(row, column, seeds)) for size, row in ordered] if seeds else []
+    curves = {label: points for label, points in curves.items() if points}
     if not curves:
         return []
     plots.sizes_figure(figures / f"{stem}-sizes.svg", column.title, curves)
@@ -188,13 +233,9 @@ def _sizes(model: Model, figures: Path, stem: str) -> list[str]:
     ]
 
 
-def _at_size(row: Row, column: Column) -> tuple[float, float, float]:
-    """Perplexity with its standard error, and mean kurtosis over sites and seeds."""
-    estimate = overall(row, column.estimate)
-    value, stderr = (math.nan, math.nan) if estimate is None else perplexity_of(estimate)
-    found = [
-        number(point["after"])
-        for cell in row.cells
-        for point in (cell.record.get("diagnostics") or {}).get("kurtosis") or ()
-    ]
+def _at_size(row: Row, column: Column, seeds: Collection[int]) -> tuple[float, float, float]:
+    """Perplexity with its standard error, and mean kurtosis over sites, over these seeds."""
+    cells = [cell for cell in row.cells if cell.seed in seeds]
+    value, stderr = perplexity_of(inference.over_seeds([e for cell in cells if (e := column.estimate(cell))]))
+    found = [number(point["after"]) for cell in cells for point in _diagnostics(cell).get("kurtosis") or ()]
     return value, stderr, sum(found) / len(found) if found else math.nan

@@ -51,6 +51,15 @@ class KurtosisPanel:
 
 
 @dataclass(frozen=True)
+class LayersPanel:
+    """One pair of axes of the figure of block inputs: a value of each layer (layer, value), by label."""
+
+    title: str
+    before: Sequence[tuple[int, float]]
+    after: Mapping[str, Sequence[tuple[int, float]]]
+
+
+@dataclass(frozen=True)
 class LearningPanel:
     """One pair of axes of the learning figure: the loss at each step, by label."""
 
@@ -136,6 +145,22 @@ def kurtosis_figure(path: Path, panels: Sequence[KurtosisPanel], order: Sequence
     _save(figure, path)
 
 
+def layers_figure(path: Path, panels: Sequence[LayersPanel], order: Sequence[str]) -> None:
+    """A value against the layer, before (grey) and after each transform, two panels a line; `order` as in
+    `bits_figure`."""
+    figure, axes_of = _panels(len(panels), columns=2)
+    for axes, panel in zip(axes_of, panels, strict=True):
+        grey: dict[str, Any] = {"color": _GREY, "marker": ".", "linewidth": 1.6}
+        axes.plot(*zip(*panel.before, strict=True), **grey, label="before (float model)")
+        for label, series in panel.after.items():
+            axes.plot(*zip(*series, strict=True), **_style(order.index(label)), label=f"after {label}")
+        axes.set_xlabel("layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _dress(axes, panel.title)
+    _legend(figure)
+    _save(figure, path)
+
+
 def learning_figure(path: Path, panels: Sequence[LearningPanel], order: Sequence[str]) -> None:
     """Loss against step, one line a method; `order` as in `bits_figure`."""
     figure, axes_of = _panels(len(panels))
@@ -195,10 +220,13 @@ def sizes_figure(
     _save(figure, path)
 
 
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure with so many pairs of axes side by side and room for its legend."""
-    figure = Figure(figsize=(4.3 * count + 2.4, 4.4), layout="constrained", facecolor="white")
-    return figure, [figure.add_subplot(1, count, index + 1) for index in range(count)]
+def _panels(count: int, columns: int | None = None) -> tuple[Figure, list[Axes]]:
+    """A figure with so many pairs of axes, `columns` (None: all) side by side, and room for its legend."""
+    across = columns or count
+    down = -(-count // across)
+    size = (4.3 * across + 2.4, 4.4 * down)
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    return figure, [figure.add_subplot(down, across, index + 1) for index in range(count)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:

@@ -29,6 +29,7 @@ from harness.evidence import (
 )
 from harness.fidelity import difference_section, fidelity_section, recovery_section
 from harness.figures import bits_section, kurtosis_section
+from harness.gains import gains_section
 from harness.learning import learning_section
 from harness.markdown import plain, table
 from harness.records import (
@@ -155,7 +156,7 @@ def _model_section(model: Model, figures: Path, stem: str) -> list[str]:
     text += [*difference_section(model, to_float, list(problems)), *further]
     text += [*seeds_section(model, comparisons, to_float), *power_section(model, comparisons, to_float)]
     text += [*bits_section(model, figures, stem), *kurtosis_section(model, figures, stem)]
-    text += learning_section(model, figures, stem)
+    text += [*gains_section(model), *learning_section(model, figures, stem)]
     return list(filter(None, text))
 
 

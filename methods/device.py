@@ -1,9 +1,10 @@
-"""Devices, as users name them, and models on them for a while."""
+"""Devices, as users name them, models on them for a while, and the memory that this takes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -34,3 +35,32 @@ def placed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         model.to(home)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """Gives a function that says how many bytes were taken inside at the most: on a GPU what torch had
+    allocated there, else the resident memory of the whole process; None where the system does not say."""
+    if device.type == "cuda":
+        torch.cuda.init()  # before its first use there are no statistics to begin anew
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the largest resident size counts anew
+    except OSError:
+        yield lambda: None
+        return
+    yield _largest_resident_size
+
+
+def _largest_resident_size() -> int | None:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    return None

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from methods.capture import sample_blocks
 from methods.decoder import Decoder
+from methods.device import device_name, peak_memory
 from methods.errors import UserError
 from methods.learned_rotations import ROUNDING_SEQUENCES, Pair, apply, kept, quarot_pair, site_spreads
 from methods.method import Artifact, Context, Method, choose
@@ -96,22 +97,26 @@ class KurTail(Method):
         clock.append(time.perf_counter())
         start = quarot_pair(model, ctx.seed)
         dtype = torch.promote_types(model.dtype, torch.float32)
-        residual, log = self._minimise("R1", sample.inputs, start.residual, dtype, ctx)
-        logs = {"R1": log.record()}
-        values = start.values
-        if self.values:
-            values, log = self._minimise("R2", sample.values.flatten(1, 2), values, dtype, ctx)
-            logs["R2"] = log.record()
+        with peak_memory(ctx.device) as peak:
+            residual, log = self._minimise("R1", sample.inputs, start.residual, dtype, ctx)
+            logs = {"R1": log.record()}
+            values = start.values
+            if self.values:
+                values, log = self._minimise("R2", sample.values.flatten(1, 2), values, dtype, ctx)
+                logs["R2"] = log.record()
+            taken = peak()
         clock.append(time.perf_counter())
         pair = Pair(residual, values)
         meta = {
             "sequences": calibration.shape[0],
             "tokens": {"passed": calibration.numel(), "kept": sample.inputs.shape[1]},
             "log": logs,
-            "sites": site_spreads(sample, {"none": None, "start": start, "learned": pair}),
+            "sites": site_spreads(sample, {"none": None, "start": start, "learned": pair}, ctx.device),
             "measured": {
+                "device": device_name(ctx.device),
                 "capture_seconds": clock[1] - clock[0],
                 "learn_seconds": clock[2] - clock[1],
+                "learn_peak_bytes": taken,
                 "sample_bytes": sample.inputs.nbytes + sample.values.nbytes,
             },
         }

@@ -54,9 +54,12 @@ def apply(model: Decoder, artifact: Artifact, online: Mapping[str, OnlineHadamar
     return rotate(model, Rotations(residual=pair.residual, values=list(pair.values), **online))
 
 
-def site_spreads(sample: Sample, pairs: Mapping[str, Pair | None]) -> list[dict[str, Any]]:
+def site_spreads(
+    sample: Sample, pairs: Mapping[str, Pair | None], device: torch.device
+) -> list[dict[str, Any]]:
     """Kurtosis, peak and signal-to-noise of every site under each of some rotations (None: unrotated), on the
-    rows of a sample, as records {layer, site, rotation, kurtosis, peak, snr}; site: attention, mlp, value."""
+    rows of a sample, as records {layer, site, rotation, kurtosis, peak, snr}; site: attention, mlp, value.
+    One site at a time is on `device`, where they are computed."""
     found = []
     for name, pair in pairs.items():
         for layer, values in enumerate(sample.values):
@@ -66,7 +69,7 @@ def site_spreads(sample: Sample, pairs: Mapping[str, Pair | None]) -> list[dict[
                 "value": (values, None if pair is None else pair.values[layer]),
             }
             for site, (x, matrix) in rows.items():
-                x = x.to(torch.float32)
+                x = x.to(device).to(torch.float32)
                 x = x if matrix is None else x @ matrix.to(x)
                 found.append({"layer": layer, "site": site, "rotation": name, **asdict(spread(x))})
     return found

@@ -33,6 +33,7 @@ from methods.bits import Bits, LinearSpec, QuantiserSettings
 from methods.decoder import Block, Decoder, RMSNorm
 from methods.decomposition import principal_directions, second_moment, widening
 from methods.descent import Schedule, Snapshots
+from methods.device import device_name
 from methods.errors import UserError
 from methods.learned_rotations import ROUNDING_SEQUENCES
 from methods.method import Artifact, Context, Method, Plan
@@ -153,7 +154,10 @@ class QUAD(Method):
             "seed": ctx.seed,
             "tokens": {"passed": ids.numel() if self.rank else 0},
             "share": share,
-            "measured": {"decomposition_seconds": time.perf_counter() - started},
+            "measured": {
+                "device": device_name(ctx.device),
+                "capture_seconds": time.perf_counter() - started,
+            },
         }
         return Artifact({"directions": directions}, meta)
 

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from methods.bits import Bits
 from methods.decoder import Decoder
-from methods.device import placed
+from methods.device import device_name, peak_memory, placed
 from methods.errors import UserError
 from methods.kurtail import KurTail
 from methods.learned_rotations import ROUNDING_SEQUENCES, Pair, apply, kept, pair_of, quarot_pair
@@ -37,14 +37,15 @@ from methods.transforms import block_size, randomised_hadamard
 STARTS = ("hadamard", "kurtail")
 PAPER_TOKENS = 800 * 2048
 _PROBED = 4  # sequences on which the loss is measured before and after
+_AT_ONCE = 8192  # tokens that pass the network together, as far as sequences are whole
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpinQuant(Method):
     """Rotations learned from the cross-entropy of the quantised network, by Cayley SGD.
 
-    steps, batch: None is the preset's (a step sees `batch` sequences, one at a time); window: tokens of each
-    (None: the preset's, at most the calibration's length). rate: of the first step, from which `schedule`
+    steps, batch: None is the preset's (a step sees `batch` sequences); window: tokens of each (None: the
+    preset's, at most the calibration's length). rate: of the first step, from which `schedule`
     goes down to 0. clip: the joint gradient's largest norm (none: unclipped). learn_bits: what the network is
     quantised to while learning. start: randomised "hadamard" matrices, or the rotations that "kurtail" learns
     from the same tokens. values: whether R2 is learned, else QuaRot's. online: whether R3 and R4 run.
@@ -102,11 +103,12 @@ class SpinQuant(Method):
         batch = self.batch or (8 if paper else 1)
         ids = calibration[:, : self.window or (2048 if paper else 256)].contiguous()
         started = time.perf_counter()
-        first = self._start(model, calibration, ctx)
+        first, origin = self._start(model, calibration, ctx)
         begun = time.perf_counter()
         dtype = torch.promote_types(model.dtype, torch.float32)
         simulation = Simulation.of(Bits.parse(self.learn_bits), *self._online(model))
         order = _shuffled(ids.shape[0], self.recipe.steps * batch, ctx.seed)
+        at_once = max(1, _AT_ONCE // ids.shape[1])
 
         def loss_of(rows: Tensor, pair: list[Tensor]) -> Tensor:
             residual, values = (matrix.to(model.dtype) for matrix in pair)
@@ -115,8 +117,8 @@ class SpinQuant(Method):
         def objective(step: int, matrices: list[Tensor]) -> float:
             fixed = [] if self.values else [first.values.to(matrices[0])]
             total = 0.0
-            for row in ids[order[step * batch : (step + 1) * batch]]:
-                loss = loss_of(row[None], [*matrices, *fixed]) / batch
+            for rows in ids[order[step * batch : (step + 1) * batch]].split(at_once):
+                loss = loss_of(rows, [*matrices, *fixed]) * (len(rows) / batch)
                 loss.backward()
                 total += float(loss.detach())
             return total
@@ -127,7 +129,7 @@ class SpinQuant(Method):
                 return sum(float(loss_of(row[None], at)) for row in ids[:_PROBED]) / len(ids[:_PROBED])
 
         starts = [first.residual, *([first.values] if self.values else [])]
-        with placed(model, ctx.device):
+        with peak_memory(ctx.device) as peak, placed(model, ctx.device):
             before = measure(first)
             found, log = minimise(
                 starts,
@@ -140,7 +142,10 @@ class SpinQuant(Method):
             )
             pair = Pair(found[0], found[1] if self.values else first.values)
             after = measure(pair)
+            taken = peak()
+        measured = origin.pop("measured", {})
         meta = {
+            **({"start": origin} if origin else {}),
             "tokens": {
                 "seen": len(order) * ids.shape[1],
                 "different": len(set(order.tolist())) * ids.shape[1],
@@ -149,24 +154,29 @@ class SpinQuant(Method):
             "loss": {"before": before, "after": after, "sequences": len(ids[:_PROBED])},
             "log": {"R1 and R2" if self.values else "R1": log.record()},
             "measured": {
+                "device": device_name(ctx.device),
+                **{f"start_{fact}": measured[fact] for fact in measured if fact.endswith("_seconds")},
                 "start_seconds": begun - started,
                 "learn_seconds": time.perf_counter() - begun,
+                "learn_peak_bytes": taken,
             },
         }
         return kept(pair, meta)
 
-    def _start(self, model: Decoder, calibration: Tensor, ctx: Context) -> Pair:
+    def _start(self, model: Decoder, calibration: Tensor, ctx: Context) -> tuple[Pair, dict[str, Any]]:
+        """Where learning begins, and what KurTail says of it."""
         if self.start == "kurtail":
-            learner = KurTail(preset=self.preset, values=self.values)
-            return pair_of(learner.learn(model, calibration, ctx))
+            found = KurTail(preset=self.preset, values=self.values).learn(model, calibration, ctx)
+            return pair_of(found), dict(found.meta)
         pair = quarot_pair(model, ctx.seed)
         if not self.values:
-            return pair
+            return pair, {}
         size = model.config.head_dim
         seeds = torch.randint(
             2**31, (model.config.layers,), generator=torch.Generator().manual_seed(ctx.seed)
         )
-        return Pair(pair.residual, torch.stack([randomised_hadamard(size, int(seed)) for seed in seeds]))
+        values = torch.stack([randomised_hadamard(size, int(seed)) for seed in seeds])
+        return Pair(pair.residual, values), {}
 
     def _online(self, model: Decoder) -> tuple[OnlineHadamard | None, OnlineHadamard | None]:
         """R3 and R4."""

@@ -9,12 +9,14 @@ function that merged rotations compute and spares rotating every weight at every
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from kernels.kv_reference import rotate
@@ -75,8 +77,8 @@ def next_token_loss(
     model: Decoder, ids: Tensor, residual: Tensor, values: Tensor, simulation: Simulation
 ) -> Tensor:
     """Mean cross-entropy, a scalar in nats, of tokens 2 to T of ids [B, T] under the quantised decoder."""
-    logits = quantised_logits(model, ids, residual, values, simulation)[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    logits = quantised_logits(model, ids, residual, values, simulation)[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), ids[:, 1:].flatten())
 
 
 def quantised_logits(
@@ -127,14 +129,16 @@ def _block(
     query, key = rotate(query, *angles), rotate(key, *angles)
     if simulation.query_key is not None:
         query, key = simulation.query_key(query), simulation.query_key(key)
-    out = F.scaled_dot_product_attention(
-        query,
-        simulation.cached(key),
-        simulation.cached(values @ value),
-        attn_mask=mask,
-        is_causal=mask is None and length > 1,
-        enable_gqa=attention.heads != attention.kv_heads,
-    )
+    # On GPUs the fused kernels add up gradients in any order: another run would learn another matrix.
+    with sdpa_kernel(SDPBackend.MATH) if query.is_cuda else nullcontext():
+        out = F.scaled_dot_product_attention(
+            query,
+            simulation.cached(key),
+            simulation.cached(values @ value),
+            attn_mask=mask,
+            is_causal=mask is None and length > 1,
+            enable_gqa=attention.heads != attention.kv_heads,
+        )
     out = head(simulation.activation(out.transpose(1, 2).reshape(batch, length, -1)), True)
     x = x + project(attention.o_proj, out, None, head, stream)
 

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from methods.decoder import Block, Decoder, State, attention_mask
 from methods.descent import Schedule, Snapshots, descend
-from methods.device import placed
+from methods.device import device_name, peak_memory, placed
 from methods.linear import Linear, QuantisedWeight
 from methods.method import Artifact, Context
 
@@ -143,7 +143,7 @@ def tune(
     """
     started, shown = time.perf_counter(), ids[: len(held_out)]
     at_once = max(1, AT_ONCE // ids.shape[1])
-    with placed(model, ctx.device):
+    with peak_memory(ctx.device) as peak, placed(model, ctx.device):
         start, codes = trainable(model), codes_of(model)
 
         def loss_of(rows: Tensor, parameters: Parameters) -> Tensor:
@@ -175,6 +175,7 @@ def tune(
             name: {"before": measure(rows, start), "after": measure(rows, kept), "windows": len(rows)}
             for name, rows in (("tuned_on", shown), ("held_out", held_out))
         }
+        taken = peak()
     seen = schedule.steps * batch
     meta: dict[str, Any] = {
         "parameters": {
@@ -185,7 +186,12 @@ def tune(
         "rate": max(schedule.rates.values()),
         "loss": losses,
         **compared,
-        "measured": {"tune_seconds": time.perf_counter() - started, "tune_steps": len(steps)},
+        "measured": {
+            "device": device_name(ctx.device),
+            "tune_seconds": time.perf_counter() - started,
+            "tune_steps": len(steps),
+            "learn_peak_bytes": taken,
+        },
     }
     return Artifact(changes, meta)
 

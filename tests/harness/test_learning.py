@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,18 @@ from tests.harness import runs
 from tests.harness.runs import edit, row_of, table, text_of, write_cell
 
 SECTION = "### What was learned"
+GAINS = "### Does learning the rotation pay?"
 SIZES = "### How much calibration text it takes"
 LOG = {"loss": [0.9, 0.5, 0.25], "gradient": [1.0, 0.5, 0.1], "alpha": [1.0] * 3, "error": [1e-7, 4e-6, 2e-6]}
 SPIN = {
     "tokens": {"seen": 25_600, "different": 8_192, "paper": 1_638_400},
     "log": {"R1 and R2": {**LOG, "retracted": [1]}},
 }
+
+
+def perplexity_in(line: dict[str, str]) -> float:
+    """As the main table shows it, in front of its interval."""
+    return float(line["perplexity wikipedia [95 %]"].split()[0])
 
 
 def kurtail(sequences: int) -> dict[str, Any]:
@@ -35,7 +43,8 @@ def learner(run: Path, name: str, facts: dict[str, Any], *, bits: str = "w4a4kv4
     def change(record: dict[str, Any]) -> None:
         record["seed"] = 0
         record["method"] |= {"row": f"{name} {sorted(options.items())}" if options else name, "name": name}
-        record["method"]["options"] = {name: {"sequences": options.get("sequences")}}
+        given = {"preset": "quick", "rounding": "rtn", "sequences": options.get("sequences")}
+        record["method"]["options"] = {name: given}
         counts = [0] * 96
         counts[40:56] = [10] * 16
         spread = {
@@ -50,14 +59,29 @@ def learner(run: Path, name: str, facts: dict[str, Any], *, bits: str = "w4a4kv4
             for site in ("attention", "mlp")
         ]
         record["diagnostics"]["learned"] = {name: facts}
-        record["measured"]["learned"] = {name: {"capture_seconds": 12.3, "learn_seconds": 45.6, "bytes": 9}}
+        record["measured"]["learned"] = {
+            name: {
+                "capture_seconds": 12.3,
+                "learn_seconds": 45.6,
+                "learn_peak_bytes": 3 * 2**20,
+                "device": "a GPU",
+            }
+        }
 
     edit(folder, change)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    folder = tmp_path / "demo"
+    return filled(tmp_path / "demo")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return text_of(filled(tmp_path_factory.mktemp("read") / "demo"))
+
+
+def filled(folder: Path) -> Path:
     folder.mkdir()
     write_cell(folder, "float", "w16a16")
     write_cell(folder, "quarot", "w4a4kv4")
@@ -68,8 +92,8 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_tokens_losses_and_times_are_the_records(run: Path) -> None:
-    lines = table(text_of(run), SECTION)
+def test_tokens_losses_and_times_are_the_records(text: str) -> None:
+    lines = table(text, SECTION)
     spin, first, second = (
         next(line for line in lines if (line["method"], line["matrices"]) == names)
         for names in (("spinquant", "R1 and R2"), ("kurtail", "R1"), ("kurtail", "R2"))
@@ -80,23 +104,63 @@ def test_tokens_losses_and_times_are_the_records(run: Path) -> None:
         assert (line["steps"], line["loss"], line["error"]) == ("3", "0.900 → 0.250", "4e-06")
 
 
-def test_times_stand_among_the_costs(run: Path) -> None:
-    text = text_of(run)
+def test_times_stand_among_the_costs(text: str) -> None:
     assert text.index("### What learning took") > text.index("## Cost")
-    lines = table(text, "### What learning took")
-    found = {line["what"]: line["seconds"] for line in lines if line["method"] == "spinquant"}
-    assert found == {"spinquant, capture": "12.3", "spinquant, learn": "45.6"}
+    (line,) = (
+        line
+        for line in table(text, "### What learning took")
+        if line["method"] == line["what"] == "spinquant"
+    )
+    assert [line[f"{stage} (s)"] for stage in ("capture", "start", "learn")] == ["12.3", "–", "45.6"]
+    assert (line["peak memory (MiB)"], line["sample (MiB)"], line["device"]) == ("3.0", "–", "a GPU")
 
 
-def test_inputs_of_blocks_before_and_after(run: Path) -> None:
-    lines = table(text_of(run), SECTION, 1)
+def test_gains_are_paired_and_stand_beside_the_papers(text: str) -> None:
+    """Made-up cells of one seed: the ratio of their perplexities, and what KurTail's abstract says."""
+    rows = {line["method"]: line for line in table(text, runs.MODEL)}
+    lines = {(line["method"], line["against"]): line for line in table(text, GAINS)}
+    assert {against for method, against in lines if method == "spinquant"} == {"quarot"}
+    assert {pair: line["paper (%)"] for pair, line in lines.items() if pair[0] == "kurtail"} == {
+        ("kurtail", "quarot"): "−15.5",
+        ("kurtail", "spinquant"): "−2.9",
+    }
+    for (method, against), line in lines.items():
+        shown = float(line["perplexity wikipedia (%)"].split()[0])
+        ours, theirs = (perplexity_in(rows[name]) for name in (method, against))
+        assert shown == pytest.approx(100 * (ours / theirs - 1), abs=0.1)
+        low, high = (float(end) for end in line["perplexity wikipedia (%)"].split("[")[1][:-1].split(", "))
+        assert low < shown < high
+
+
+def test_a_seed_that_failed_leaves_the_others(run: Path) -> None:
+    """The first seed has nothing but its failure: what the second learned is shown, and the curve over
+    sequences is of the seeds that all its points have."""
+    for folder in [path for path in run.iterdir() if (path / "cell.json").is_file()]:
+        record = json.loads((folder / "cell.json").read_text())
+        if record["method"]["name"] in ("spinquant", "kurtail"):
+            again = shutil.copytree(folder, run / f"{folder.name}x")
+            edit(again, lambda record: record.update(id=f"{record['id']}x", seed=1))
+        if record["method"]["name"] == "spinquant":
+            edit(folder, lambda record: record.update(diagnostics={}, tasks={}, status="failed"))
+    shown = next(line for line in table(text_of(run), SECTION) if line["method"] == "spinquant")
+    assert (shown["steps"], shown["loss"]) == ("3", "0.900 → 0.250")
+    for folder in [path for path in run.iterdir() if (path / "cell.json").is_file()]:
+        edit(folder, lambda record: record.update(diagnostics={}))
+    bare = text_of(run)
+    assert SECTION not in bare
+    assert SIZES not in bare
+    assert GAINS in bare
+
+
+def test_inputs_of_blocks_before_and_after(text: str) -> None:
+    lines = table(text, SECTION, 1)
     assert lines[0]["method"] == "(before)"
     assert lines[0]["signal to noise (dB)"] == "8.0"
     assert next(line for line in lines if line["method"] == "kurtail")["signal to noise (dB)"] == "20.2"
 
 
-def test_a_curve_over_the_calibration_text(run: Path) -> None:
-    lines = table(text_of(run), SIZES)
+def test_a_curve_over_the_calibration_text(text: str) -> None:
+    lines = table(text, SIZES)
     assert [line["sequences"] for line in lines] == ["4", "16", "64"]
     assert {line["method"] for line in lines} == {"kurtail, w4a4kv4"}
     assert all(line["kurtosis"] == "2.033" for line in lines)
@@ -106,7 +170,7 @@ def test_figures_are_whole_and_repeat(run: Path) -> None:
     text = text_of(run)
     paths = {
         name: run / "figures" / f"smollm2-135m-instruct-{name}.svg"
-        for name in ("learning", "inputs", "sizes")
+        for name in ("learning", "layers", "inputs", "sizes")
     }
     drawn = {name: path.read_bytes() for name, path in paths.items()}
     for name, path in paths.items():

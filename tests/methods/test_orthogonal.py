@@ -132,6 +132,26 @@ def test_retractions_are_thrown_by_the_seed_alone() -> None:
     assert 0 < len(first[1]) < 12  # three are expected
 
 
+def test_float32_is_multiplied_whole_whatever_is_set() -> None:
+    """Else GPUs multiply in TensorFloat-32, and some processors in bfloat16, where a user has allowed it."""
+    seen, found = [], []
+
+    def objective(step: int, matrices: list[Tensor]) -> float:
+        seen.append(torch.get_float32_matmul_precision())
+        return towards(orthogonal(40, 1))(step, matrices)
+
+    before = torch.get_float32_matmul_precision()
+    for precision in ("highest", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            found += minimise([orthogonal(40, 0)], objective, Recipe("adam", 5, 0.1), seed=0)[0]
+            assert torch.get_float32_matmul_precision() == precision
+        finally:
+            torch.set_float32_matmul_precision(before)
+    assert seen == ["highest"] * 10
+    assert torch.equal(found[0], found[1])
+
+
 def test_the_clip_is_joint() -> None:
     """With one large gradient the small one is scaled down with it, as the published recipe does."""
     starts = [orthogonal(4, 0), orthogonal(4, 1)]

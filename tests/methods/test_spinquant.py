@@ -19,7 +19,7 @@ from methods.kurtail import KurTail
 from methods.learned_rotations import Pair, pair_of, quarot_pair
 from methods.linear import OnlineHadamard
 from methods.method import Artifact, Context, default_plan
-from methods.orthogonal import orthogonality_error
+from methods.orthogonal import orthogonality_error, tangent
 from methods.pipeline import set_quantisers
 from methods.registry import parse_method
 from methods.rounding import round_weights
@@ -106,6 +106,12 @@ def test_gradients_are_those_of_the_same_network_without_rounding() -> None:
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
+def along_the_group(loss: Tensor, leaves: list[Tensor]) -> list[float]:
+    """The largest part of each gradient that leaves its matrices orthogonal."""
+    found = torch.autograd.grad(loss, leaves, retain_graph=True)
+    return [float(tangent(m.detach().mT, g.mT).abs().max()) for m, g in zip(leaves, found, strict=True)]
+
+
 def test_without_quantisation_the_loss_is_constant() -> None:
     model = decoder("llama-biases")
     pair = random_pair(model)
@@ -115,6 +121,11 @@ def test_without_quantisation_the_loss_is_constant() -> None:
     )
     leaves = [pair.residual.requires_grad_(), pair.values.requires_grad_()]
     loss = next_token_loss(model, IDS, leaves[0], leaves[1], simulation)
+    slopes = along_the_group(loss, leaves)
+    assert max(slopes) < 1e-12
+    quantised = Simulation.of(Bits.parse("w16a4kv4"), *FEW._online(model))
+    slopes = along_the_group(next_token_loss(model, IDS, leaves[0], leaves[1], quantised), leaves)
+    assert min(slopes) > 1e-3
     want = reference_logits(families.model("llama-biases"), IDS)
     exact = float(F.cross_entropy(want[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()))
     assert float(loss.detach()) == pytest.approx(exact, rel=1e-9)
@@ -126,7 +137,7 @@ def test_function_is_preserved_and_the_rotations_move(name: str) -> None:
     before = copy.deepcopy(model.state_dict())
     artifact = FEW.learn(model, CALIBRATION, Context(seed=3))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    pair, start = pair_of(artifact), FEW._start(model, CALIBRATION, Context(seed=3))
+    pair, (start, _) = pair_of(artifact), FEW._start(model, CALIBRATION, Context(seed=3))
     assert artifact.meta["log"]["R1 and R2"]["gradient"][0] > 1e-3
     for matrix, first in ((pair.residual, start.residual), (pair.values, start.values)):
         assert orthogonality_error(matrix) <= 1e-12
@@ -173,13 +184,18 @@ def test_tokens_seen_are_counted() -> None:
     assert len(meta["log"]["R1 and R2"]["loss"]) == 4
 
 
-def test_a_batch_is_the_mean_of_its_sequences() -> None:
+def test_a_batch_is_the_mean_of_its_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of them pass the network together."""
     model = decoder("llama-linear-rope")
     meta = SpinQuant(steps=1, batch=6).learn(model, CALIBRATION, Context()).meta
-    pair = SpinQuant()._start(model, CALIBRATION, Context())
+    pair, _ = SpinQuant()._start(model, CALIBRATION, Context())
     simulation = Simulation.of(Bits.parse("w16a4kv4"), *FEW._online(model))
     want = next_token_loss(model, CALIBRATION, pair.residual, pair.values, simulation)
     assert meta["log"]["R1 and R2"]["loss"] == [pytest.approx(float(want))]
+    monkeypatch.setattr("methods.spinquant._AT_ONCE", 2 * CALIBRATION.shape[1])
+    apart = SpinQuant(steps=1, batch=6).learn(model, CALIBRATION, Context()).meta
+    for fact in ("loss", "gradient"):
+        assert apart["log"]["R1 and R2"][fact] == pytest.approx(meta["log"]["R1 and R2"][fact], rel=1e-9)
 
 
 def test_only_r1_and_without_online_transforms() -> None:
@@ -201,12 +217,15 @@ def test_only_r1_and_without_online_transforms() -> None:
 def test_starting_at_kurtail() -> None:
     model = decoder("llama-biases", torch.float32)
     method = SpinQuant(start="kurtail", steps=1)
-    start = method._start(model, CALIBRATION, Context(seed=3))
+    start, _ = method._start(model, CALIBRATION, Context(seed=3))
     want = pair_of(KurTail().learn(model, CALIBRATION, Context(seed=3)))
     assert torch.equal(start.residual, want.residual)
     assert torch.equal(start.values, want.values)
     artifact = method.learn(model, CALIBRATION, Context(seed=3))
     assert float((pair_of(artifact).residual - start.residual).norm()) > 0
+    assert len(artifact.meta["start"]["log"]["R1"]["loss"]) == KurTail().recipe.steps
+    measured = artifact.meta["measured"]
+    assert measured["start_seconds"] > measured["start_learn_seconds"] > 0
 
 
 def test_presets() -> None:

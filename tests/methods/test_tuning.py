@@ -242,7 +242,8 @@ def test_a_tuned_model_runs_packed(
     )
     assert relative(simulated.decoder(IDS), plain.decoder(IDS)) > 1e-3
     facts = simulated.learned["quad"]
-    assert set(facts["measured"]) == {"decomposition_seconds", "tune_seconds", "tune_steps"}
+    measured = {"device", "capture_seconds", "tune_seconds", "tune_steps", "learn_peak_bytes"}
+    assert set(facts["measured"]) == measured
     assert facts["tuning"]["tokens"] == {"seen": 6 * 2 * 12, "different": 6 * 2 * 12}
     assert simulated.seconds["tune"] > 0
 

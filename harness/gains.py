@@ -1,0 +1,104 @@
+"""The report's section on what learning a rotation brings: perplexity against QuaRot's and other learners',
+beside what the papers report."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from harness import inference
+from harness.evidence import over, paired_rows
+from harness.markdown import plain, table
+from harness.records import Column, Model, Record, Row
+from harness.stats import Estimate
+from methods.errors import UserError
+from methods.registry import method_class
+
+LEARNERS = ("kurtail", "spinquant")
+PAPERS = {("kurtail", "quarot"): "−15.5", ("kurtail", "spinquant"): "−2.9"}
+"""Percent of WikiText perplexity that KurTail's abstract (arXiv 2503.01483) reports, of far larger models."""
+GAINS = """\
+Change of perplexity in percent, paired by seed and by passage, with its interval (95 %: other passages and, \
+with several seeds, other seeds); below zero the method is better than what it is held against. QuaRot is \
+the row of the same rounding, preset and online transforms; SpinQuant that of default options, whatever it \
+starts from. Paper: what KurTail's abstract says of WikiText and far larger models. Exploratory: not \
+corrected for the number of comparisons."""
+
+
+def gains_section(model: Model) -> list[str]:
+    """Empty without a learned rotation beside what it can be compared with."""
+    columns, lines = model.perplexities, []
+    problems: dict[str, None] = {}
+    for row, reference in _pairs(model):
+        found = [_estimates(row, reference, column, problems) for column in columns]
+        seeds = max(map(len, found), default=0)
+        if seeds:
+            said = PAPERS.get((_name(row), _name(reference)), "–") if _plain(row) else "–"
+            shown = [change_text(inference.over_seeds(each)) if each else "–" for each in found]
+            lines.append([row.bits, row.label, reference.label, seeds, *shown, said])
+    if not lines:
+        return []
+    head = ["bits", "method", "against", "seeds", *(f"{column.title} (%)" for column in columns), "paper (%)"]
+    lost = [f"Not compared: {'; '.join(plain(problem) for problem in problems)}."] if problems else []
+    return ["### Does learning the rotation pay?", table(head, lines), GAINS, *lost]
+
+
+def change_text(log: Estimate) -> str:
+    """A difference of log-perplexities as percent of perplexity, with its interval."""
+    if not math.isfinite(log.value):
+        return "not finite"
+    low, high = log.interval()
+    between = f" [{_percent(low)}, {_percent(high)}]" if math.isfinite(low + high) else ""
+    return _percent(log.value) + between
+
+
+def _percent(log: float) -> str:
+    return f"{100 * math.expm1(log):+.1f}" if log < 100 else "+inf"
+
+
+def _estimates(row: Row, reference: Row, column: Column, problems: dict[str, None]) -> list[Estimate]:
+    return over(paired_rows(reference.usable, row, [column], problems), [column])
+
+
+def _pairs(model: Model) -> Iterator[tuple[Row, Row]]:
+    """(learned row, row that it is held against)."""
+    rows = [row for row in model.rows if not row.first.is_float]
+    for row in rows:
+        beside = [other for other in rows if other.bits == row.bits and _alike(row, other)]
+        if _name(row) in LEARNERS:
+            drawn = [other for other in beside if _name(other) == "quarot" and _plain(other, "online")]
+            drawn = [other for other in drawn if _option(other, "online") == _option(row, "online")]
+            yield from ((row, other) for other in drawn[:1])
+        if _name(row) == "kurtail" and _plain(row):
+            yield from (
+                (row, other) for other in beside if _name(other) == "spinquant" and _plain(other, "start")
+            )
+
+
+def _name(row: Row) -> str:
+    return str(row.first.record["method"].get("name"))
+
+
+def _options(row: Row) -> Record:
+    options: Record = (row.first.record["method"].get("options") or {}).get(_name(row)) or {}
+    return options
+
+
+def _option(row: Row, option: str) -> object:
+    return _options(row).get(option, True)
+
+
+def _alike(row: Row, other: Row) -> bool:
+    return all(_options(row).get(option) == _options(other).get(option) for option in ("rounding", "preset"))
+
+
+def _plain(row: Row, *aside: str) -> bool:
+    """Whether its options are the defaults, those that `aside` names apart, rounding and preset too."""
+    try:
+        defaults = dataclasses.asdict(method_class(_name(row))())
+    except UserError:  # a method that is not installed here
+        return False
+    ignored = {*aside, "rounding", "preset"}
+    options = _options(row)
+    return all(options.get(name, value) == value for name, value in defaults.items() if name not in ignored)
