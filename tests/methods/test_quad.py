@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import support
 from methods import quad, rounding
 from methods.bits import Bits, QuantiserSettings
 from methods.checkpoint import Checkpoint, from_transformers
@@ -305,6 +307,18 @@ def test_effective_bits_count_everything_that_is_added() -> None:
 
 
 # Options
+
+
+def test_the_default_rank_is_one_that_kernels_take() -> None:
+    pytest.importorskip("triton")
+    for rows in (1, 64):
+        found = [
+            support.on_cuda(
+                support.Case("linear", "", partial(support._linear, rows=rows, bits=4, inputs=576, keep=rank))
+            )
+            for rank in (QUAD().rank, QUAD().rank // 2)
+        ]
+        assert [answer.implementation.split(" ")[0] for answer in found] == ["triton", "reference"]
 
 
 def test_presets_and_calibration() -> None:
