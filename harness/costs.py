@@ -13,7 +13,7 @@ from harness.neighbours import shared
 from harness.records import Cell, Model, Record, Row, Run, number
 from harness.tables import distinct, mean_accuracy_text, value_text
 
-STAGES = ("load", "learn", "transform", "round", "pack", "evaluate")
+STAGES = ("load", "learn", "transform", "round", "tune", "pack", "evaluate")
 ALWAYS = {"load", "learn", "transform", "round", "evaluate"}
 """Stages with a column of their own whether or not a cell has them."""
 MEASURED = "As measured on the machine of the settings: mean over seeds, of memory the largest."
@@ -141,7 +141,7 @@ def _speed_section(models: Sequence[Model]) -> list[str]:
 
 def _learning_section(rows: Costs) -> list[str]:
     """Empty where no cell has learned anything: the run that learned it, once for all bit-widths."""
-    stages = {stage: f"{stage}_seconds" for stage in ("capture", "start", "learn")}
+    stages = {stage: f"{stage}_seconds" for stage in ("capture", "start", "learn", "tune")}
     sizes = {"peak memory (MiB)": "learn_peak_bytes", "sample (MiB)": "sample_bytes"}
     lines: dict[tuple[str, ...], None] = {}
     for name, row, costs in rows:

@@ -29,7 +29,7 @@ _PRESENTATION = {
         *("stats", "inference", "evidence", "fidelity"),
         *("gate", "baseline", "movement", "judgement", "recording", "trial"),
         *("grid", "engine", "worker", "store", "progress"),
-        *("parity", "parity_report", "agreement", "side_by_side", "odd_models"),
+        *("choose", "equal_bits", "parity", "parity_report", "agreement", "side_by_side", "odd_models"),
         *("speed", "speed_bench", "speed_matrix", "speed_passes", "speed_report", "speed_shapes"),
         *("speed_shares", "speed_targets", "speed_work", "power", "markdown", "cell_speed", "neighbours"),
     )

@@ -28,6 +28,11 @@ INPUTS = """\
 Inputs of blocks on tuning text, which no method learned from, mean over sites of the first seed: kurtosis \
 per token, the largest value over the root mean square, and signal to noise in decibels under the default \
 4-bit quantiser of activations."""
+TUNED = """\
+Of the rounded and quantised network: weights kept in full precision and scales that were tuned, tokens that \
+were shown (in brackets how many of them are different), and its cross-entropy in nats before and after, on \
+so many windows each of what it was tuned on and of calibration text that it was not. Unlike what is learned \
+before rounding, this belongs to one bit-width. The section on costs says how long it took."""
 LAYERS = """\
 *The same by layer: above, the largest value of a token over its root mean square; below, signal to noise \
 under the 4-bit quantiser. Kurtosis by layer stands under the outliers.*"""
@@ -52,6 +57,7 @@ def learning_section(model: Model, figures: Path, stem: str) -> list[str]:
             TOKENS,
             *_convergence(learned, model, figures, stem),
         ]
+    text += _tuning(model)
     text += _histograms(model, figures, stem) if learned else []
     return text + _sizes(model, figures, stem)
 
@@ -108,6 +114,27 @@ def _convergence(
     ]
     plots.learning_figure(figures / f"{stem}-learning.svg", drawn, model.labels)
     return [f"![Loss of each learner against its steps](figures/{stem}-learning.svg)", CONVERGENCE]
+
+
+def _tuning(model: Model) -> list[str]:
+    """Of the first seed of each row that has been tuned; empty where none has."""
+    lines = []
+    for row in model.rows:
+        learned = (row.first.record.get("diagnostics") or {}).get("learned") or {}
+        for facts in learned.values():
+            if "tuning" in facts:
+                said = facts["tuning"]
+                sizes, tokens = said["parameters"], said["tokens"]
+                line = [row.bits, row.label, f"{sizes['kept']:,}", f"{sizes['scale']:,}", len(said["loss"])]
+                line.append(f"{tokens['seen']:,} ({tokens['different']:,})")
+                for text in ("tuned_on", "held_out"):
+                    ends = (number(said[text][when]) for when in ("before", "after"))
+                    line.append(" → ".join(f"{loss:.3f}" for loss in ends))
+                lines.append([*line, said["held_out"]["windows"]])
+    if not lines:
+        return []
+    head = ["bits", "method", "kept weights", "scales", "steps", "tokens", "loss, tuned on", "loss, held out"]
+    return ["### What was tuned", table([*head, "windows"], lines), TUNED]
 
 
 def _histograms(model: Model, figures: Path, stem: str) -> list[str]:

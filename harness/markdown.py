@@ -7,7 +7,7 @@ from collections.abc import Sequence
 TEXT_COLUMNS = (
     *("bits", "method", "model", "task", "metric", "protocol"),
     *("setting", "value", "cell", "what", "stage", "reason", "last output", "text", "quantity", "test"),
-    *("operation", "implementation", "execution", "matrices"),
+    *("operation", "implementation", "execution", "matrices", "against"),
     *("shape", "phase", "online", "bound by", "target", "met", "device"),
 )
 """Columns of words, which start at the left; all others end at the right."""

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 _ROOT = Path(__file__).resolve().parent.parent
 _CODE = ("kernels", "methods")
 SHIPPED = Path(__file__).resolve().parent / "shipped"
-_PORTABLE = ("model", "dtype", "parts", "calibration", "seed")
+_PORTABLE = ("model", "dtype", "parts", "calibration", "seed", "rounded")
 """What a shipped artifact is found by: all that it depends on but where and by which code it was learned."""
 _AFTER_LEARNING = ("rounding", "damp", "act_order")
 """Options of every method that act only once it has learned."""
@@ -54,22 +54,33 @@ def learn(
     dtype: torch.dtype,
     calibration: Tensor | None,
 ) -> Artifact:
-    """The artifact of the last of `parts`, the others having transformed the model before it: from
-    `SHIPPED` or `ctx.cache`, else `learner()`, which is then kept in the latter. Stored tensors come back on
-    the CPU.
+    """The artifact of the last of `parts`, the others having transformed the model before it: `kept`, but
+    nothing is kept of a method that does not learn."""
+    if type(parts[-1]).learn is Method.learn:
+        return learner()
+    about = describe(parts, ctx, model_sha256=model_sha256, dtype=dtype, calibration=calibration)
+    return kept(about, learner, ctx)
+
+
+def kept(about: dict[str, Any], learner: Callable[[], Artifact], ctx: Context) -> Artifact:
+    """The artifact that `about` describes: from `SHIPPED` or `ctx.cache`, else `learner()`, which is then
+    kept in the latter. Stored tensors come back on the CPU.
 
     Raises UserError where the folder cannot be written.
     """
-    method = parts[-1]
-    if ctx.cache is None or type(method).learn is Method.learn:
+    if ctx.cache is None:
         return learner()
-    about = describe(parts, ctx, model_sha256=model_sha256, dtype=dtype, calibration=calibration)
     return load(SHIPPED, portable_key(about)) or stored(ctx.cache, about, learner)
 
 
 def portable_key(about: dict[str, Any]) -> str:
     """The name of a shipped artifact, from what `describe` returns."""
-    return _sha256(_canonical({name: about[name] for name in _PORTABLE}))[:32]
+    return _sha256(_canonical({name: about[name] for name in _PORTABLE if name in about}))[:32]
+
+
+def key_of(about: dict[str, Any]) -> str:
+    """The name of the artifact that this describes."""
+    return _sha256(_canonical(about))[:32]
 
 
 def describe(
@@ -79,8 +90,10 @@ def describe(
     model_sha256: str,
     dtype: torch.dtype,
     calibration: Tensor | None,
+    rounded: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that can change what the last of `parts` learns, as a JSON object; its digest is the key."""
+    """Everything that can change what the last of `parts` learns, as a JSON object; its digest is the key.
+    rounded: of what is learned of a rounded model, bits, quantisers and how it was rounded."""
     calibrated = calibration is not None and any("calibration" in part.needs for part in parts)
     return {
         "model": model_sha256,
@@ -94,6 +107,7 @@ def describe(
         "capability": torch.backends.cpu.get_cpu_capability(),
         "device": ctx.device.type,
         "gpu": torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else None,
+        **({} if rounded is None else {"rounded": rounded}),
     }
 
 
@@ -102,7 +116,7 @@ def stored(folder: Path, about: dict[str, Any], make: Callable[[], Artifact]) ->
     one process or thread at a time."""
     from filelock import FileLock
 
-    key = _sha256(_canonical(about))[:32]
+    key = key_of(about)
     with _explained(folder):
         found = load(folder, key)
         if found is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from kernels import ops
 from kernels.kv_reference import PackedRows, kv_rows, rotate
-from kernels.reference import fake_quantise
+from kernels.reference import Quantiser, fake_quantise
 from methods.bits import KVSpec
 from methods.cache import FixedCache, KVCache, Rows
+from methods.gradients import straight_through
 from methods.linear import Linear, OnlineHadamard, QuantisedInput, project
 from methods.norm import RMSNorm
 
@@ -77,9 +79,14 @@ class Attention(nn.Module):
             return x
         if self.kv.static and scale is None:
             raise ValueError("a static range of keys and values is asked for, and none has been set")
-        return fake_quantise(
-            x, self.kv.bits, symmetric=self.kv.symmetric, clip=self._clip, scale=scale, zero=zero
-        )
+        options: Quantiser = {
+            "bits": self.kv.bits,
+            "symmetric": self.kv.symmetric,
+            "clip": self._clip,
+            "scale": scale,
+            "zero": zero,
+        }
+        return straight_through(x, partial(fake_quantise, **options))
 
     def forward(
         self,

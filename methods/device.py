@@ -1,4 +1,4 @@
-"""Devices, as users name them, and the memory that work on them takes."""
+"""Devices, as users name them, models on them for a while, and the memory that this takes."""
 
 from __future__ import annotations
 
@@ -24,6 +24,17 @@ def parse_device(text: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {text!r}: this machine has {torch.cuda.device_count()} GPU(s)")
     return device
+
+
+@contextmanager
+def placed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """The model on `device`; at its end it is where it was."""
+    home = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
 
 
 def device_name(device: torch.device) -> str:

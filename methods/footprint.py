@@ -12,6 +12,7 @@ from methods.bits import LinearSpec
 from methods.decoder import Decoder, parts_of
 from methods.linear import Linear
 from methods.method import Plan
+from methods.transforms import WRITERS
 
 MEASURED_TOKENS = 256
 
@@ -80,15 +81,16 @@ def _spec(plan: Plan, name: str) -> LinearSpec:
 
 def effective_bits(model: Decoder, plan: Plan) -> dict[str, float]:
     """Bits per quantisable weight, activation and KV entry, scales, zero-points and kept columns counted
-    (16 bits a scale; `bits` bits a weight zero-point, 16 a KV zero-point, as they are stored)."""
+    (16 bits a scale; `bits` bits a weight zero-point, 16 a KV zero-point, as they are stored). Where the
+    residual stream has been widened, per weight and activation of the model as it was."""
     weight_bits = weights = activation_bits = inputs = 0.0
     for name, linear in model.linears():
         spec = _spec(plan, name)
-        outputs, width = linear.shape
-        weights += outputs * width
+        outputs, own = _narrow_shape(model, name, linear)
+        weights += outputs * own
         weight_bits += linear_bits(linear, spec)
-        readers = len(parts_of(name))
-        inputs += readers * width
+        readers, width = len(parts_of(name)), linear.shape[1]
+        inputs += readers * own
         if spec.activation is None:
             activation_bits += readers * 16 * width
         else:
@@ -103,6 +105,13 @@ def effective_bits(model: Decoder, plan: Plan) -> dict[str, float]:
         per_head = 0 if plan.kv.static else 16 * (1 if plan.kv.symmetric else 2)
         kv = plan.kv.bits + per_head / model.config.head_dim
     return {"weight": weight_bits / weights, "activation": activation_bits / inputs, "kv": kv}
+
+
+def _narrow_shape(model: Decoder, name: str, linear: Linear) -> tuple[int, int]:
+    """(out, in) of a linear as it was before the residual stream was widened, if it was."""
+    outputs, inputs = linear.shape
+    extra = model.config.hidden_size - (model.config.norm_divisor or model.config.hidden_size)
+    return (outputs - extra, inputs) if name.endswith(WRITERS) else (outputs, inputs - extra)
 
 
 def model_bits(model: Decoder, plan: Plan) -> float:

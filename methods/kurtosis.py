@@ -83,19 +83,21 @@ def _rms(x: Tensor) -> Tensor:
 def block_input_kurtosis(
     model: Decoder, ids: Tensor, device: torch.device | str | None = None
 ) -> list[SiteKurtosis]:
-    """Spread of the inputs of both sites of every layer on token ids [B, T], one block at a time on
-    `device`. The norm's gain counts as part of the input unless a transform has folded it into the weights.
+    """Spread of the inputs of both sites of every layer on token ids [B, T], without the channels kept in
+    full precision, one block at a time on `device`. The norm's gain counts as part of the input unless a
+    transform has folded it into the weights.
     """
     found: list[SiteKurtosis] = []
     state = model.embed(ids.to(model.device))
 
-    def observe(x: Tensor, layer: int, site: str) -> None:
+    def observe(x: Tensor, layer: int, site: str, keep: int) -> None:
+        x = x[..., keep:]
         here = spread(x)
         found.append(SiteKurtosis(layer, site, here.kurtosis, here, tuple(histogram(x).tolist())))
 
     for layer, block in model.stream_blocks(device):
-        block.self_attn.q_proj.observer = partial(observe, layer=layer, site="attention")
-        block.mlp.gate_proj.observer = partial(observe, layer=layer, site="mlp")
+        for linear, site in ((block.self_attn.q_proj, "attention"), (block.mlp.gate_proj, "mlp")):
+            linear.observer = partial(observe, layer=layer, site=site, keep=linear.keep)
         try:
             state = model.through(block, state)
         finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from kernels.reference import (
     pack_weight,
 )
 from methods.bits import ActivationSpec, LinearSpec
+from methods.gradients import straight_through
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ class Linear(nn.Module):
         kept, part = (x[..., : self.keep], x[..., self.keep :]) if self.keep else (None, x)
         if coded:
             return self.observed(QuantisedInput(ops.quantise(part, **options), kept, x.dtype))
-        part = fake_quantise(part, **options)
+        part = straight_through(part, partial(fake_quantise, **options))
         return part if kept is None else torch.cat((kept, part), dim=-1)
 
     def input_quantiser(self) -> Quantiser:

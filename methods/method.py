@@ -1,7 +1,7 @@
-"""What a method is: a frozen dataclass of options that supplies any of four stages.
+"""What a method is: a frozen dataclass of options that supplies any of five stages.
 
-learn → transform → plan → (ranges) run in this order; rounding is a separate, named stage between plan and
-ranges. What a method leaves out has the default given here.
+learn → transform → plan → (ranges) → (tune) run in this order; rounding is a separate, named stage between
+plan and ranges. What a method leaves out has the default given here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch import Tensor
 from methods.bits import Bits, KVSpec, LinearSpec, QuantiserSettings
 from methods.decoder import Decoder
 from methods.errors import UserError
+
+if TYPE_CHECKING:
+    from methods.descent import Snapshots
 
 ROUNDINGS = ("rtn", "gptq")
 
@@ -123,6 +126,22 @@ class Method:
         from methods.ranges import min_max_ranges
 
         return min_max_ranges(model, plan, calibration, ctx)
+
+    @property
+    def tunes(self) -> bool:
+        """Whether, with these options, it tunes the rounded model: the stages `tune_rounded` and `adjust`."""
+        return False
+
+    def tune_rounded(
+        self, model: Decoder, calibration: Tensor, ctx: Context, snapshots: Snapshots | None
+    ) -> Artifact:
+        """Learn from the rounded model, its quantisers set and simulated, and all calibration tokens
+        [samples, length]; must not change it. `snapshots`: where the state is kept, so that what is cut off
+        goes on. The artifact may depend on what that of `learn` may, on bits, quantisers and rounding."""
+        return Artifact()
+
+    def adjust(self, model: Decoder, artifact: Artifact) -> None:
+        """Change the rounded model, in place, as `tune_rounded` has learned."""
 
     def notes(self, model: Decoder) -> list[str]:
         """Departures from the paper on this model that a reader of the result must know."""

@@ -1,4 +1,5 @@
-"""From a checkpoint to a quantised decoder: learn, transform, plan, round, find ranges, set the quantisers.
+"""From a checkpoint to a quantised decoder: learn, transform, plan, round, find ranges, set the quantisers,
+tune.
 
 `a+b` composes methods: their transforms run in order, then their plans, then one rounding.
 """
@@ -6,7 +7,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +18,7 @@ from methods import artifacts
 from methods.bits import Bits, QuantiserSettings
 from methods.checkpoint import Checkpoint
 from methods.decoder import Block, Decoder
+from methods.descent import Snapshots
 from methods.errors import UserError
 from methods.execution import EXECUTIONS, pack_decoder
 from methods.kurtosis import SiteKurtosis, block_input_kurtosis
@@ -187,12 +189,19 @@ def quantise(
         ranges = pipeline.ranger.ranges(model, plan, tokens, ctx)
         lap("ranges")
     set_quantisers(model, plan)
+    facts = {part.name: found.meta for part, found in zip(pipeline.parts, learned, strict=True) if found.meta}
+    for part in pipeline.parts:
+        if part.tunes:
+            set_ranges(model, ranges.tensors)
+            tuned = _tune(checkpoint, pipeline, part, model, bits, settings, calibration, ctx)
+            part.adjust(model, tuned)
+            facts[part.name] = _with_tuning(facts.get(part.name, {}), tuned.meta)
+            lap("tune")
     if execution == "int4":
         notes += pack_decoder(model)  # at home: the device never holds the floats of the whole model
         lap("pack")
     model = model.to(ctx.device)
     set_ranges(model, ranges.tensors)
-    facts = {part.name: found.meta for part, found in zip(pipeline.parts, learned, strict=True) if found.meta}
     return Quantised(model, plan, notes, errors, kurtosis, facts, seconds)
 
 
@@ -220,6 +229,69 @@ def _learn(
         dtype=model.dtype,
         calibration=calibration,
     )
+
+
+def describe_tuning(
+    checkpoint: Checkpoint,
+    pipeline: Pipeline,
+    part: Method,
+    bits: Bits,
+    settings: QuantiserSettings,
+    dtype: torch.dtype,
+    calibration: Tensor,
+    ctx: Context,
+) -> dict[str, Any]:
+    """What `artifacts.describe` says of that which `part` tunes: the rounding belongs to it."""
+    lead = pipeline.lead
+    rounded = {
+        "tuned by": part.name,
+        "bits": str(bits),
+        "quantiser": asdict(settings),
+        **{option: getattr(lead, option) for option in ("rounding", "damp", "act_order")},
+    }
+    return artifacts.describe(
+        pipeline.parts,
+        ctx,
+        model_sha256=checkpoint.sha256,
+        dtype=dtype,
+        calibration=calibration,
+        rounded=rounded,
+    )
+
+
+def _tune(
+    checkpoint: Checkpoint,
+    pipeline: Pipeline,
+    part: Method,
+    model: Decoder,
+    bits: Bits,
+    settings: QuantiserSettings,
+    calibration: Tensor | None,
+    ctx: Context,
+) -> Artifact:
+    """What `part` finds to change in the rounded model."""
+    if not bits.quantises_weights or calibration is None:
+        raise UserError(f"{pipeline.spec} at {bits}: tuning needs quantised weights and calibration tokens")
+    about = describe_tuning(checkpoint, pipeline, part, bits, settings, model.dtype, calibration, ctx)
+    snapshots = None
+    if ctx.cache is not None:
+        snapshots = Snapshots(ctx.cache / f"{artifacts.key_of(about)}.unfinished.safetensors", about)
+
+    def tuner() -> Artifact:
+        with torch.enable_grad():
+            return part.tune_rounded(model, calibration, ctx, snapshots)
+
+    found = artifacts.kept(about, tuner, ctx)
+    if snapshots is not None:
+        snapshots.remove()
+    return found
+
+
+def _with_tuning(facts: dict[str, Any], tuning: dict[str, Any]) -> dict[str, Any]:
+    """What a method says of how it learned, with what it says of tuning."""
+    measured = {**facts.get("measured", {}), **tuning.get("measured", {})}
+    said = {key: value for key, value in tuning.items() if key != "measured"}
+    return {**facts, "tuning": said, **({"measured": measured} if measured else {})}
 
 
 def set_quantisers(model: Decoder, plan: Plan) -> None:

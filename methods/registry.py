@@ -25,6 +25,7 @@ _BUILT_IN = {
     "quarot": "methods.quarot:QuaRot",
     "spinquant": "methods.spinquant:SpinQuant",
     "kurtail": "methods.kurtail:KurTail",
+    "quad": "methods.quad:QUAD",
 }
 
 

@@ -15,8 +15,6 @@ not subtracted.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,7 +23,7 @@ from torch import Tensor
 
 from methods.bits import Bits
 from methods.decoder import Decoder
-from methods.device import device_name, peak_memory
+from methods.device import device_name, peak_memory, placed
 from methods.errors import UserError
 from methods.kurtail import KurTail
 from methods.learned_rotations import ROUNDING_SEQUENCES, Pair, apply, kept, pair_of, quarot_pair
@@ -131,7 +129,7 @@ class SpinQuant(Method):
                 return sum(float(loss_of(row[None], at)) for row in ids[:_PROBED]) / len(ids[:_PROBED])
 
         starts = [first.residual, *([first.values] if self.values else [])]
-        with peak_memory(ctx.device) as peak, _placed(model, ctx.device):
+        with peak_memory(ctx.device) as peak, placed(model, ctx.device):
             before = measure(first)
             found, log = minimise(
                 starts,
@@ -204,14 +202,3 @@ def _shuffled(rows: int, count: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     rounds = [torch.randperm(rows, generator=generator) for _ in range(-(-count // rows))]
     return torch.cat(rounds)[:count]
-
-
-@contextmanager
-def _placed(model: Decoder, device: torch.device) -> Iterator[None]:
-    """The model on `device`; at its end it is where it was."""
-    home = model.device
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(home)

@@ -23,22 +23,12 @@ from kernels.kv_reference import rotate
 from kernels.reference import fake_quantise
 from methods.bits import Bits, KVSpec, LinearSpec, QuantiserSettings
 from methods.decoder import Block, Decoder, State, attention_mask
+from methods.gradients import straight_through
 from methods.linear import Linear, OnlineHadamard
 from methods.rtn import round_to_nearest
 
-Quantise = Callable[[Tensor], Tensor]
 Turn = Callable[[Tensor, bool], Tensor]
 """Rows of (x [..., n], back) in another orthogonal basis; `back`: returned from there."""
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(_: object, x: Tensor, quantise: Quantise) -> Tensor:
-        return quantise(x)
-
-    @staticmethod
-    def backward(_: object, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
 
 
 @dataclass(frozen=True)
@@ -67,22 +57,20 @@ class Simulation:
         quantise = partial(
             fake_quantise, bits=spec.bits, symmetric=spec.symmetric, clip=spec.clip, group=spec.group
         )
-        return _StraightThrough.apply(x, quantise)
+        return straight_through(x, quantise)
 
     def cached(self, x: Tensor) -> Tensor:
         """Keys or values [B, H, T, D], quantised per token and head."""
         if self.kv is None:
             return x
         quantise = partial(fake_quantise, bits=self.kv.bits, symmetric=self.kv.symmetric, clip=self.kv.clip)
-        return _StraightThrough.apply(x, quantise)
+        return straight_through(x, quantise)
 
     def weight(self, weight: Tensor) -> Tensor:
         """A rotated weight [out, in], rounded to nearest."""
         if self.linear.bits == 16:
             return weight
-        return _StraightThrough.apply(
-            weight, lambda w: round_to_nearest(w, self.linear).dequantise().to(w.dtype)
-        )
+        return straight_through(weight, lambda w: round_to_nearest(w, self.linear).dequantise().to(w.dtype))
 
 
 def next_token_loss(

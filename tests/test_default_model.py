@@ -21,6 +21,7 @@ methods:
   - {method: gptq, bits: [w4a16]}
   - {method: "quarot:rounding=rtn", bits: [w4a4kv4]}
   - {method: "kurtail:rounding=rtn;steps=60;sequences=4;tokens=512", bits: [w4a4kv4]}
+  - {method: "quad:rounding=rtn", bits: [w4a4kv4]}
 tasks: [perplexity_wikipedia, openbookqa_local]
 limit: 2
 limits: {openbookqa_local: 4}
@@ -65,6 +66,15 @@ def test_weight_only_methods_are_ordered(perplexity: dict[tuple[str, str], float
 
 def test_rotation_rescues_4_bit_activations(perplexity: dict[tuple[str, str], float]) -> None:
     assert 10 * perplexity["quarot", "w4a4kv4"] < perplexity["rtn", "w4a4kv4"]
+
+
+def test_directions_in_full_precision_help_and_cost_bits(
+    records: dict[tuple[str, str], dict[str, Any]], perplexity: dict[tuple[str, str], float]
+) -> None:
+    assert 1.5 * perplexity["quad", "w4a4kv4"] < perplexity["quarot", "w4a4kv4"]
+    bits = {name: records[name, "w4a4kv4"]["effective_bits"] for name in ("quad", "quarot")}
+    assert bits["quad"]["weight"] / bits["quarot"]["weight"] == pytest.approx(1.083, abs=0.002)
+    assert records["quad", "w4a4kv4"]["diagnostics"]["learned"]["quad"]["share"] > 0.9
 
 
 def test_learned_rotations_lower_kurtosis_on_text_not_learned_from(

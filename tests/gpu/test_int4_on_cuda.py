@@ -96,6 +96,7 @@ def test_codes_are_those_of_the_cpu(bits: int, group: int | None, symmetric: boo
         ("rtn", "w4a16", {}),
         ("rtn", "w3a16g8", {}),
         ("quarot:rounding=rtn", "w4a4kv4", {}),
+        ("quad:rounding=rtn", "w4a4kv4", {}),
         ("rtn", "w4a8kv4", {"activation_static": True, "kv_static": True}),
         ("rtn", "w4a4kv8", {"activation_symmetric": False, "weight_symmetric": False}),
     ],
@@ -121,6 +122,8 @@ def test_the_gpu_computes_what_the_cpu_simulates(
         ("rtn", "w4a8kv8", {}),
         ("quarot:rounding=rtn", "w4a8kv4", {}),
         ("quarot:rounding=rtn", "w4a4kv4", {}),
+        ("quad:rounding=rtn", "w4a4kv4", {}),
+        ("quad:rounding=rtn;a8=true", "w4a4", {}),
         ("rtn", "w4a8kv4", {"activation_static": True, "kv_static": True}),
     ],
 )

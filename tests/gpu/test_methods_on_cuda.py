@@ -45,6 +45,8 @@ def run(
         ("gptq", "w4a16"),
         ("quarot:rounding=rtn", "w4a8kv8"),
         ("quarot", "w4a4kv4"),
+        ("quad", "w4a4kv4"),
+        ("quad:a8=true;rounding=rtn", "w4a4"),
     ],
 )
 def test_the_gpu_agrees_with_the_cpu(tmp_path: Path, name: str, method: str, bits: str) -> None:
@@ -63,6 +65,21 @@ def test_static_ranges_in_bfloat16(tmp_path: Path) -> None:
     families.model("llama-biases", torch.float32).save_pretrained(tmp_path)
     quantised = run(tmp_path, "rtn", "w4a8kv8", "cuda", torch.bfloat16, static=True)
     assert bool(quantised.decoder(IDS.cuda()).isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_tuning_on_the_gpu(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Kernels give way to what has gradients; in float64 it finds what the CPU finds."""
+    families.model("llama-biases", torch.float32).save_pretrained(tmp_path)
+    text = "quad:tune=true;steps=8;rate=1e-3;window=16;sequences=4"
+    there = run(tmp_path, text, "w4a4kv4", "cuda", dtype)
+    tuning = there.learned["quad"]["tuning"]
+    assert tuning["tuned_on"]["after"] < tuning["tuned_on"]["before"]
+    assert all(tensor.device.type == "cuda" for tensor in there.decoder.parameters())
+    if dtype == torch.float64:
+        here = run(tmp_path, text, "w4a4kv4", "cpu", dtype)
+        assert tuning["loss"] == pytest.approx(here.learned["quad"]["tuning"]["loss"], rel=1e-9)
+        assert families.relative(there.decoder(IDS.cuda()).cpu(), here.decoder(IDS)) < 1e-9
 
 
 LEARNERS = ["kurtail:steps=3;tokens=64", "spinquant:steps=3;batch=8", "spinquant:steps=3;start=kurtail"]

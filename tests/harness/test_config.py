@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from harness.config import cells_of, load_grid, needs_hub
 from methods.errors import UserError
@@ -143,6 +144,21 @@ def test_the_study_of_rotations_has_its_seeds(root: Path) -> None:
     assert (seeds["quarot"], seeds["kurtail"], seeds["spinquant"]) == (5, 5, 3)
     assert seeds["spinquant:start=kurtail"] == 3
     assert (len(cells), min(seeds.values())) == (50, 1)
+
+
+def test_the_study_of_quad_pairs_seeds_and_bits(root: Path) -> None:
+    cells = cells_of(load_grid(root / "grids" / "quad.yaml", {}))
+    rows: dict[tuple[str, str], list[int]] = {}
+    for cell in cells:
+        rows.setdefault((cell.method, cell.bits), []).append(cell.seed)
+    assert all(seeds == [0, 1, 2] for (method, _), seeds in rows.items() if method != "float")
+    for bits in ("w4a4kv4", "w4a4", "w4a8"):
+        methods = {method for method, width in rows if width == bits}
+        assert {"quarot", "quad"} <= methods
+        assert any("tune=true" in method for method in methods)
+        assert ("quarot", f"{bits}g48") in rows, "QuaRot at about the bits of rank 16"
+    parts = [cell.pipeline.lead for cell in cells if "tune" in cell.method]
+    assert {len(part.rounding_tokens(torch.zeros(176, 1))) for part in parts} == {16}
 
 
 def test_every_registered_method_has_a_w4a4kv4_row_in_the_quick_grid(root: Path) -> None:

@@ -35,7 +35,12 @@ def twins(checkpoint: Checkpoint, method: str, bits: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("method", "bits"),
-    [("rtn", "w4a16g8"), ("rtn", "w4a8kv8"), ("quarot:rounding=rtn", "w4a4kv4")],
+    [
+        ("rtn", "w4a16g8"),
+        ("rtn", "w4a8kv8"),
+        ("quarot:rounding=rtn", "w4a4kv4"),
+        ("quad:rounding=rtn", "w4a4kv4"),
+    ],
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_the_executions_agree(

@@ -187,3 +187,42 @@ def test_nothing_is_said_where_nothing_was_learned(tmp_path: Path) -> None:
     assert SECTION not in text
     assert SIZES not in text
     assert row_of(table(text, runs.MODEL), "w4a4kv4", "quarot")
+
+
+# Tuned behind rounding
+
+TUNED = "### What was tuned"
+TUNING = {
+    "parameters": {"kept": 1_935_360, "scale": 155_520},
+    "tokens": {"seen": 25_600, "different": 25_088},
+    "rate": 1e-3,
+    "loss": [3.7] * 100,
+    "tuned_on": {"before": 3.5, "after": 3.25, "windows": 8},
+    "held_out": {"before": 3.6, "after": 3.4, "windows": 8},
+}
+
+
+def test_what_was_tuned_is_shown_for_every_bit_width(run: Path) -> None:
+    learner(run, "quad", {"share": 0.9, "tuning": TUNING})
+    learner(run, "quad", {"share": 0.9, "tuning": {**TUNING, "loss": [1.0]}}, bits="w4a8kv8")
+    text = text_of(run)
+    lines = {line["bits"]: line for line in table(text, TUNED)}
+    assert lines.keys() == {"w4a4kv4", "w4a8kv8"}
+    assert lines["w4a4kv4"] == {
+        "bits": "w4a4kv4",
+        "method": "quad",
+        "kept weights": "1,935,360",
+        "scales": "155,520",
+        "steps": "100",
+        "tokens": "25,600 (25,088)",
+        "loss, tuned on": "3.500 → 3.250",
+        "loss, held out": "3.600 → 3.400",
+        "windows": "8",
+    }
+    assert lines["w4a8kv8"]["steps"] == "1"
+    learned = [line["method"] for line in table(text, SECTION)]
+    assert "quad" not in learned, "it keeps no log of rotations"
+
+
+def test_nothing_is_said_where_nothing_was_tuned(run: Path) -> None:
+    assert TUNED not in text_of(run)
