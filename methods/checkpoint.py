@@ -36,6 +36,8 @@ FAMILIES = {
     "qwen2": "Qwen2/2.5",
     "qwen3": "Qwen3",
 }
+RECIPE_KEY = "quantgrid_recipe"
+"""Where the config.json of a model that training/ wrote says by which recipe it was trained."""
 _OF_SAVING = ("transformers_version", "is_local", "local_files_only")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 _WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.txt")
@@ -171,6 +173,7 @@ def convert_config(config: Any) -> DecoderConfig:
         mlp_bias=bool(getattr(config, "mlp_bias", False)),
         qk_norm=family == "qwen3",
         windows=_windows(config),
+        recipe=getattr(config, RECIPE_KEY, None),
         bos_id=config.bos_token_id,
         eos_ids=_as_tuple(config.eos_token_id),
     )

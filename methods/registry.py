@@ -25,6 +25,8 @@ _BUILT_IN = {
     "quarot": "methods.quarot:QuaRot",
     "spinquant": "methods.spinquant:SpinQuant",
     "kurtail": "methods.kurtail:KurTail",
+    "osp": "methods.osp:OSP",
+    "ffn_hadamard": "methods.ffn_hadamard:FFNHadamard",
 }
 
 
