@@ -1,7 +1,7 @@
 """A decoder to train: how it begins, the pass that has gradients, and the plain Llama it becomes.
 
-The pass is that of `methods.decoder.Decoder` without its quantisers, written over the tensors of one block, so that
-a compiler makes one graph for all blocks; the tests hold the two equal.
+The pass is that of `methods.decoder.Decoder` without its quantisers, written over the tensors of one block,
+so that a compiler makes one graph for all blocks; the tests hold the two equal.
 """
 
 from __future__ import annotations
