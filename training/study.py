@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
 import time
@@ -77,8 +78,7 @@ def choose_rates(arguments: argparse.Namespace, data: Data, device: torch.device
             line = {
                 "recipe": recipe,
                 "rate": rate,
-                "tuning": losses[rate],
-                "held_out": trainer.held_out_loss(),
+                "tuning": losses[rate] if math.isfinite(losses[rate]) else None,
                 "steps": one.steps,
                 "tokens": one.tokens,
                 "seconds": time.perf_counter() - begun,

@@ -1,4 +1,4 @@
-"""OSP's checkpoints are recognised, others refused; kurtosis as published, by closed forms and transformers."""
+"""OSP's checkpoints are recognised, others refused; published kurtosis, by closed forms and transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers
 
 from methods.bits import Bits
 from methods.checkpoint import Checkpoint, from_transformers, open_checkpoint
-from methods.decoder import Decoder
+from methods.decoder import Block, Decoder
 from methods.errors import NotApplicableError, UserError
 from methods.ffn_hadamard import FFNHadamard
 from methods.kurtosis import excess_by_layer, published_excess, token_kurtosis
@@ -125,6 +125,7 @@ def test_ffn_hadamard_leaves_the_function_and_mixes_the_hidden_channels(name: st
     def hidden(model: Decoder) -> torch.Tensor:
         seen.clear()
         block = model.layers[0]
+        assert isinstance(block, Block)
         block.mlp.down_proj.observer = seen.append
         logits = model(IDS)
         block.mlp.down_proj.observer = None
@@ -133,7 +134,7 @@ def test_ffn_hadamard_leaves_the_function_and_mixes_the_hidden_channels(name: st
 
     before = hidden(model)
     after = hidden(FFNHadamard().transform(model, Artifact()))
-    transform = model.layers[0].mlp.hidden_transform
+    transform = model.get_submodule("layers.0.mlp").hidden_transform
     assert isinstance(transform, OnlineHadamard)
     torch.testing.assert_close(after, transform(before), rtol=0, atol=1e-9)
     assert not torch.allclose(after, before, atol=1e-3)

@@ -27,7 +27,9 @@ def write(folder: Path) -> Data:
     train = tokens.encode(tokenizer, texts() * 8)
     other = tokens.encode(tokenizer, texts()[::3])
     parts = {"train": train, **{name: other.clone() for name in ("held_out", "tuning", "wikipedia", "news")}}
-    tokens.write(folder, tokenizer, parts, {"sources": []})
+    kept = {"sentences": {"kept": len("".join(texts()))}}
+    about = {"command": "made up", "sources": [], "characters": kept}
+    tokens.write(folder, tokenizer, parts, about)
     return tokens.read(folder)
 
 

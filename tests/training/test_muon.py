@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -17,9 +19,7 @@ def matrices(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def moved(
-    make: type[torch.optim.Optimizer], start: list[Tensor], steps: int, **options: object
-) -> list[Tensor]:
+def moved(make: type[torch.optim.Optimizer], start: list[Tensor], steps: int, **options: Any) -> list[Tensor]:
     """Parameters behind so many steps on gradients that are the same for every optimiser."""
     params = [nn.Parameter(x.clone()) for x in start]
     optimiser = make(params, **options)
