@@ -171,7 +171,8 @@ def curve_figure(path: Path, panels: Sequence[CurvePanel], order: Sequence[str])
         for label, points in panel.series.items():
             name, _, repetition = label.partition(", ")
             style = _style(order.index(name)) | {"markersize": 3.0}
-            style |= {"linestyle": "--", "marker": ""} if repetition else {}
+            style |= {"linestyle": "--"} if repetition else {}
+            style |= {"marker": ""} if repetition or len(points) > 50 else {}
             axes.plot([x for x, _ in points], [y for _, y in points], **style, label=label)
         if panel.reference is not None:
             name, place = panel.reference

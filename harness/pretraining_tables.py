@@ -36,6 +36,9 @@ PAPER_LONGEST = {
 }
 """4-4-4 perplexity (Adam, OSP) of the paper's models of 1 T tokens."""
 TEXTS = {"held_out": "held-out text", "wikipedia": "Wikipedia"}
+BITS = """\
+*How much the loss on held-out text rises above that of the recipe's own float model (log scale, first seed); \
+bars are one standard error.*"""
 PAIRS = """\
 How much more a recipe loses at 4 bits than Adam of the same seed does: the difference of their increases in \
 nats a token over their own float models, with 95 % intervals from a bootstrap over windows of text that \
@@ -75,7 +78,7 @@ def at_four_bits(tables: Record | None, figures: Path) -> list[str]:
         table(["recipe", *NAMES.values()], lines),
     ]
     _figure(models, figures / "bits.svg")
-    text += ["![Increase of the loss by bit-width](figures/bits.svg)"]
+    text += ["![Increase of the loss by bit-width](figures/bits.svg)", BITS]
     text += ["### Recipes in pairs", PAIRS]
     for part, title in TEXTS.items():
         text += [f"On {title}:", _pairs(models, part)]
@@ -126,12 +129,14 @@ def _figure(models: Mapping[str, Cells], path: Path) -> None:
         series = {}
         for name, cells in models.items():
             recipe, seed = recipe_name(name)
+            if seed:
+                continue
             points = []
             for bits in widths:
                 if (method, bits) in cells:
                     value, low, high = increase(cells, (method, bits), "held_out")
                     points.append((NAMES[bits], value, (high - low) / 3.92))
-            series[recipe if seed == 0 else f"{recipe}, seed {seed}"] = points
+            series[recipe] = points
         panels.append(plots.Panel(f"{title}: nats above float", series, log=True))
     order = [label for panel in panels for label in panel.series]
     plots.bits_figure(path, [NAMES[bits] for bits in widths], panels, list(dict.fromkeys(order)))

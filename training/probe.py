@@ -29,14 +29,12 @@ def describe(model: Decoder, ids: Tensor, histograms: bool = False) -> dict[str,
         found: dict[str, Any] = {
             "excess": excess_by_layer(model, ids),
             "alone": excess_by_layer(model, ids, alone=True),
-            **_sites(model, ids),
+            **_sites(model, ids, histograms),
         }
-    if not histograms:
-        del found["histograms"]
     return found
 
 
-def _sites(model: Decoder, ids: Tensor) -> dict[str, Any]:
+def _sites(model: Decoder, ids: Tensor, histograms: bool) -> dict[str, Any]:
     sites: dict[str, list[dict[str, float]]] = {name: [] for name in SITES}
     counts = {name: torch.zeros(BINS, dtype=torch.int64) for name in SITES}
 
@@ -46,7 +44,8 @@ def _sites(model: Decoder, ids: Tensor) -> dict[str, Any]:
         sites[site].append(
             {"kurtosis": here.kurtosis, "peak": here.peak, "snr": here.snr, "largest": largest}
         )
-        counts[site] += histogram(x)
+        if histograms:
+            counts[site] += histogram(x)
 
     state = model.embed(ids)
     for block in model.layers:
@@ -59,7 +58,7 @@ def _sites(model: Decoder, ids: Tensor) -> dict[str, Any]:
         finally:
             for linear in watched.values():
                 linear.observer = None  # type: ignore[assignment]
-    return {
-        "sites": sites,
-        "histograms": {name: {"reach": REACH, "counts": counts[name].tolist()} for name in SITES},
-    }
+    if not histograms:
+        return {"sites": sites}
+    drawn = {name: {"reach": REACH, "counts": counts[name].tolist()} for name in SITES}
+    return {"sites": sites, "histograms": drawn}

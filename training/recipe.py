@@ -97,8 +97,8 @@ class Settings:
     batch: sequences a step, over all processes. micro: sequences of a process that go through at a time.
     length: tokens of a sequence. The rate climbs over the first `warmup` of the steps and falls to 0 over the
     last `decay` of them, linearly. weight_decay: of matrices alone. clip: of the gradient's norm.
-    precision: "bf16" (parameters, their updates and the residual stream stay float32) or "fp32". threads of
-    CPU runs settle their last bits, so they are the run's.
+    precision: "bf16" (parameters, updates and the residual stream stay float32) or "fp32". probes, saves:
+    how often in a run the model is looked into, and a checkpoint written.
     """
 
     recipe: str
@@ -119,13 +119,14 @@ class Settings:
     compiled: bool = False
     deterministic: bool = False
     probes: int = 16
+    saves: int = 4
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise UserError(f"recipe {self.recipe!r}: choose one of {', '.join(RECIPES)}")
         if self.precision not in ("bf16", "fp32"):
             raise UserError(f"precision {self.precision!r}: choose bf16 or fp32")
-        for name in ("steps", "batch", "micro", "length", "probes"):
+        for name in ("steps", "batch", "micro", "length", "probes", "saves"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: give a positive number")
         if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:

@@ -10,6 +10,7 @@ python -m training.study collect   --out DIR --to FILE     everything measured i
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import shlex
@@ -28,7 +29,7 @@ from methods.errors import UserError
 from training import overhead, tables, tokens
 from training.recipe import RECIPES, SHAPES, Rates, Settings, settings_of
 from training.tokens import Data
-from training.train import add_settings
+from training.train import add_settings, chosen_rates, read_json
 from training.trainer import LOG, MODEL, PROBES, RUN, Place, Trainer, read_lines
 
 RUNS = (
@@ -65,6 +66,7 @@ def choose_rates(arguments: argparse.Namespace, data: Data, device: torch.device
         for rate in arguments.tried:
             rates = Rates(adam=rate) if recipe == "adam" else Rates(best["adam"], rate, best["adam"])
             one = settings(arguments, recipe, 0, arguments.tokens, rates)
+            one = dataclasses.replace(one, probes=1, saves=1)
             folder = arguments.out / "rates" / f"{recipe}-{rate:g}"
             trainer = Trainer(one, data, folder, Place(device), command, _say)
             begun = time.perf_counter()
@@ -96,7 +98,7 @@ def choose_rates(arguments: argparse.Namespace, data: Data, device: torch.device
 def run_all(arguments: argparse.Namespace, data: Data, device: torch.device, command: str) -> bool:
     """Every run of `--runs`, as far as `--limit` seconds go; whether all are finished."""
     started = time.perf_counter()
-    rates = Rates(**_read(arguments.out / RATES)["chosen"])
+    rates = chosen_rates(arguments.out / RATES)
     for recipe, seed in arguments.runs:
         left = None if arguments.limit is None else arguments.limit - (time.perf_counter() - started)
         if left is not None and left <= 0:
@@ -115,7 +117,7 @@ def quantise_all(arguments: argparse.Namespace, data: Data, device: torch.device
     started = time.perf_counter()
     path = arguments.out / TABLES
     found: dict[str, Any] = {"command": command, "models": {}}
-    found |= _read(path) if path.is_file() else {}
+    found |= read_json(path) if path.is_file() else {}
     for recipe, seed in arguments.runs:
         folder = _folder(arguments, recipe, seed)
         name = folder.name
@@ -149,15 +151,15 @@ def time_steps(arguments: argparse.Namespace, device: torch.device, command: str
 
 def collect(out: Path, data: Path, to: Path, runs: Sequence[tuple[str, int]]) -> None:
     """Everything that the commands above left in `out`, and where the data came from, in one file."""
-    found: dict[str, Any] = {"data": _read(data / tokens.ABOUT), "runs": {}}
+    found: dict[str, Any] = {"data": read_json(data / tokens.ABOUT), "runs": {}}
     for name in (RATES, TABLES, OVERHEAD):
         path = out / name
-        found[path.stem] = _read(path) if path.is_file() else None
+        found[path.stem] = read_json(path) if path.is_file() else None
     for recipe, seed in runs:
         folder = out / f"{recipe}-{seed}"
         if not (folder / RUN).is_file():
             continue
-        run = _read(folder / RUN)
+        run = read_json(folder / RUN)
         planned = settings_of(run["settings"]).steps
         log = read_lines(folder / LOG)
         found["runs"][folder.name] = {
@@ -173,15 +175,6 @@ def collect(out: Path, data: Path, to: Path, runs: Sequence[tuple[str, int]]) ->
 def _folder(arguments: argparse.Namespace, recipe: str, seed: int) -> Path:
     out: Path = arguments.out
     return out / f"{recipe}-{seed}"
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is not there: give the commands in their order") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged") from error
 
 
 def _say(text: str) -> None:

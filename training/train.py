@@ -6,9 +6,11 @@ Several GPUs: `torchrun --nproc-per-node N -m training.train ...`.
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,15 +47,37 @@ def parser() -> argparse.ArgumentParser:
     add("--rate-adam", type=float, default=Rates.adam, metavar="X", help="(default: %(default)s)")
     add("--rate-muon", type=float, default=Rates.muon, metavar="X", help="(default: %(default)s)")
     add("--rate-embedding", type=float, default=Rates.embedding, metavar="X", help="(default: %(default)s)")
+    add("--rates", type=Path, metavar="FILE", help="those that python -m training.study rates chose, instead")
     add("--limit", type=float, metavar="SECONDS", help="stop after so long; the same command goes on")
     add_settings(result)
     return result
+
+
+def chosen_rates(path: Path) -> Rates:
+    """The rates that a study has chosen; UserError where the file is not there or no such file."""
+    found = read_json(path)
+    try:
+        return Rates(**found["chosen"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not what python -m training.study rates writes") from error
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there: give the commands in their order") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
 def run(arguments: argparse.Namespace, command: str) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     data = tokens.read(arguments.data)
+    rates = Rates(arguments.rate_adam, arguments.rate_muon, arguments.rate_embedding)
+    if arguments.rates is not None:
+        rates = chosen_rates(arguments.rates)
     with processes(parse_device(arguments.device)) as place:
         settings = Settings(
             arguments.recipe,
@@ -63,7 +87,7 @@ def run(arguments: argparse.Namespace, command: str) -> int:
             arguments.batch,
             arguments.micro or max(1, arguments.batch // place.world),
             arguments.length,
-            Rates(arguments.rate_adam, arguments.rate_muon, arguments.rate_embedding),
+            rates,
             precision=arguments.precision,
             compiled=arguments.compile,
             deterministic=arguments.deterministic,

@@ -182,13 +182,19 @@ class Trainer:
         """The next step behind which something is logged or probed."""
         every = max(1, self.settings.steps // LOGGED)
         probes = self._probe_steps()
-        later = [s for s in probes if s > self.step]
+        later = [s for s in probes | self._save_steps() if s > self.step]
         return min([self.settings.steps, (self.step // every + 1) * every, *later])
 
     def _probe_steps(self) -> set[int]:
         """Denser at the start, where everything changes: squares of equal parts."""
         count = self.settings.probes
         return {max(1, round(self.settings.steps * ((i + 1) / count) ** 1.5)) for i in range(count)}
+
+    def _save_steps(self) -> set[int]:
+        return {
+            max(1, round(self.settings.steps * (i + 1) / self.settings.saves))
+            for i in range(self.settings.saves)
+        }
 
     def _stretch(self, stop: int, started: float, limit: float | None) -> None:
         first, begun = self.step, time.perf_counter()
@@ -222,6 +228,7 @@ class Trainer:
         )
         if self.step in self._probe_steps():
             self._probe()
+        if self.step in self._save_steps():
             self._save()
 
     # Measurements

@@ -1,4 +1,4 @@
-"""Training on a GPU: it learns in half precision, compiled or not, and resumes at the same bits where asked to."""
+"""Training on a GPU: it learns in half precision, compiled or not, and can resume at the same bits."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Killed(BaseException):
 def test_a_killed_run_ends_at_the_same_bits(recipe: str, data: Data, tmp_path: Path) -> None:
     given = settings(recipe, steps=24)
     assert trainer(tmp_path / "whole", data, given).train()
-    for at in (5, 17):
+    for at in (7, 17):
         broken = trainer(tmp_path / "broken", data, given)
         take = broken.take_step
 
@@ -80,7 +80,7 @@ def test_a_killed_run_ends_at_the_same_bits(recipe: str, data: Data, tmp_path: P
         ]
         assert timeless[0] == timeless[1]
     commands = json.loads((tmp_path / "broken" / "run.json").read_text())["commands"]
-    assert [entry["from_step"] for entry in commands] == [0, 3, 16]
+    assert [entry["from_step"] for entry in commands] == [0, 6, 12]
 
 
 def test_a_time_limit_stops_a_run_that_goes_on_later(data: Data, tmp_path: Path) -> None:
@@ -185,3 +185,7 @@ def test_mistakes_on_the_command_line(data: Data, tmp_path: Path, capsys: pytest
     assert "holds no training data" in capsys.readouterr().err
     assert train.main(["--data", str(data.folder), *shared, "--micro", "3"]) == 2
     assert "give a multiple of 3" in capsys.readouterr().err
+    (tmp_path / "rates.json").write_text("{}")
+    for name, said in (("none.json", "give the commands in their order"), ("rates.json", "not what python")):
+        assert train.main(["--data", str(data.folder), *shared, "--rates", str(tmp_path / name)]) == 2
+        assert said in capsys.readouterr().err
