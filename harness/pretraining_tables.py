@@ -37,8 +37,8 @@ PAPER_LONGEST = {
 """4-4-4 perplexity (Adam, OSP) of the paper's models of 1 T tokens."""
 TEXTS = {"held_out": "held-out text", "wikipedia": "Wikipedia"}
 BITS = """\
-*How much the loss on held-out text rises above that of the recipe's own float model (log scale, first seed); \
-bars are one standard error.*"""
+*How much the loss on held-out text rises above that of the recipe's own float model (log scale, first \
+seed); bars are one standard error.*"""
 PAIRS = """\
 How much more a recipe loses at 4 bits than Adam of the same seed does: the difference of their increases in \
 nats a token over their own float models, with 95 % intervals from a bootstrap over windows of text that \

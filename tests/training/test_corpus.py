@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from methods import assets
 from methods.calibration import evaluation_text, load_corpus, ngram_hashes
 from methods.errors import UserError
 from tests.training import small_data
-from training import corpus, sources, tokens
+from training import corpus, prepare, sources, tokens
 
 WORDS = [f"w{i}" for i in range(2000)]
 
@@ -101,8 +102,6 @@ def test_markup_becomes_text() -> None:
 
 def test_tokens_decode_to_their_text(tmp_path: Path) -> None:
     data = small_data.write(tmp_path / "data")
-    from tokenizers import Tokenizer
-
     tokenizer = Tokenizer.from_file(str(tmp_path / "data" / tokens.TOKENIZER))
     strange = "A naïve café 東京 1984\n\n\tdef f(x): return x\x00"
     ids = tokens.encode(tokenizer, ["one", strange])
@@ -135,6 +134,44 @@ def test_damaged_and_foreign_data_is_refused(tmp_path: Path) -> None:
     (data.folder / tokens.TOKENS).write_bytes(b"nothing")
     with pytest.raises(UserError, match="is damaged"):
         tokens.read(data.folder)
+
+
+def test_own_files_become_a_data_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluated = sentence(77, 30)
+    monkeypatch.setattr(corpus, "excluded", lambda: ngram_hashes([evaluated]))
+    rows = [
+        {"text": f"{sentence(i, 60)}\n\n{evaluated if i % 2 else sentence(i + 9000)}"} for i in range(400)
+    ]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [
+        "--out",
+        str(tmp_path / "data"),
+        "--text",
+        str(tmp_path / "own.jsonl"),
+        "--vocabulary",
+        "600",
+    ]
+    assert prepare.main([*arguments, "--most", "9000"]) == 0
+    data = tokens.read(tmp_path / "data")
+    counts = {name: part.numel() for name, part in data.parts.items()}
+    assert counts["train"] == 9000
+    assert min(counts.values()) > 100
+    assert (counts["wikipedia"], counts["tuning"]) == (64_000, 64_000)
+    assert data.about["available_tokens"] > 9000
+    counted = data.about["characters"]["own files"]
+    assert counted["barred"] == len(evaluated) + len(sentence(77, 60)), "the passage, and a longer one"
+    assert counted["repeated"] == 199 * len(evaluated)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "data" / tokens.TOKENIZER))
+    text = tokenizer.decode(data.parts["train"].tolist(), skip_special_tokens=False)
+    documents = text.split(tokens.END)[1:-1]
+    assert len(documents) > 20
+    originals = {f"{sentence(i, 60)}\n\n{sentence(i + 9000)}" for i in range(0, 400, 2)}
+    originals |= {sentence(i, 60) for i in range(1, 400, 2)}
+    assert set(documents) <= originals
+    assert prepare.main(arguments) == 2
+    assert "is not empty" in capsys.readouterr().err
 
 
 def test_own_files_are_read(tmp_path: Path) -> None:
