@@ -139,7 +139,7 @@ def method_record(pipeline: Pipeline) -> Record:
         "preset": pipeline.lead.preset,
         "options": {part.name: dataclasses.asdict(part) for part in pipeline.parts},
         "plugins": {part.name: environment.plugin_digest(type(part)) for part in pipeline.parts},
-        "paper": "; ".join(part.paper for part in pipeline.parts),
+        "paper": "; ".join(dict.fromkeys(part.paper for part in pipeline.parts)),
     }
 
 
