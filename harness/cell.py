@@ -31,7 +31,7 @@ from methods.bits import Bits
 from methods.calibration import Corpus, contamination, load_corpus, token_windows
 from methods.checkpoint import Checkpoint, open_checkpoint
 from methods.device import parse_device
-from methods.errors import UserError
+from methods.errors import NotApplicableError, UserError
 from methods.footprint import effective_bits, model_bits
 from methods.kurtosis import block_input_kurtosis
 from methods.method import Artifact, Context
@@ -139,7 +139,7 @@ def method_record(pipeline: Pipeline) -> Record:
         "preset": pipeline.lead.preset,
         "options": {part.name: dataclasses.asdict(part) for part in pipeline.parts},
         "plugins": {part.name: environment.plugin_digest(type(part)) for part in pipeline.parts},
-        "paper": "; ".join(part.paper for part in pipeline.parts),
+        "paper": "; ".join(dict.fromkeys(part.paper for part in pipeline.parts)),
     }
 
 
@@ -407,7 +407,8 @@ def artifact_folder() -> Path:
 def failure(stage: str, error: Exception) -> Record:
     """What goes on record about an error: a user's mistake in its one line, a bug with its trace."""
     if isinstance(error, UserError):
-        return {"stage": stage, "kind": "error", "message": str(error), "trace": None, "output": None}
+        kind = "not_applicable" if isinstance(error, NotApplicableError) else "error"
+        return {"stage": stage, "kind": kind, "message": str(error), "trace": None, "output": None}
     text = " ".join(str(error).split())[:500] or type(error).__name__
     lacking = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from harness.tasks import LOCAL_TASKS, PERPLEXITY_TASKS
 from methods.bits import FLOAT, Bits, QuantiserSettings
 from methods.calibration import HUB_CORPORA
-from methods.checkpoint import DEFAULT_MODEL
+from methods.checkpoint import DEFAULT_MODEL, built_in
 from methods.errors import UserError
 from methods.pipeline import Pipeline
 from methods.registry import parse_method
@@ -31,11 +32,12 @@ class CalibrationConfig(_Strict):
 
 
 class MethodEntry(_Strict):
-    """A method of the grid; `bits` restricts it to these widths, `seeds` to so many seeds, instead of the
-    grid's."""
+    """A method of the grid; `bits` restricts it to these widths, `models` to these models, `seeds` to so many
+    seeds, instead of the grid's."""
 
     method: str
     bits: tuple[str, ...] | None = None
+    models: tuple[str, ...] | None = None
     seeds: int | None = Field(default=None, ge=1)
 
     @field_validator("method")
@@ -100,6 +102,14 @@ class GridConfig(_Strict):
         return value
 
     @model_validator(mode="after")
+    def _models_of_methods_are_asked_for(self) -> GridConfig:
+        for entry in self.methods:
+            stray = [model for model in entry.models or () if model not in self.models]
+            if stray:
+                raise ValueError(f"{entry.method} on {', '.join(stray)}: not among the models")
+        return self
+
+    @model_validator(mode="after")
     def _limited_tasks_are_asked_for(self) -> GridConfig:
         stray = [task for task in self.limits if task not in self.tasks]
         if stray:
@@ -112,7 +122,8 @@ class GridConfig(_Strict):
 
 def needs_hub(grid: GridConfig) -> bool:
     """Whether something in the grid can only come from a model or data hub."""
-    remote_model = any(name != DEFAULT_MODEL and not Path(name).expanduser().exists() for name in grid.models)
+    here = built_in()
+    remote_model = any(name not in here and not Path(name).expanduser().exists() for name in grid.models)
     remote_task = any(task not in LOCAL_TASKS and task not in PERPLEXITY_TASKS for task in grid.tasks)
     return remote_model or remote_task or grid.calibration.corpus in HUB_CORPORA
 
@@ -143,6 +154,8 @@ def cells_of(grid: GridConfig) -> list[CellSpec]:
     for model in grid.models:
         entries = sorted(grid.methods, key=lambda entry: not parse_method(entry.method).is_float)
         for entry in entries:
+            if entry.models is not None and model not in entry.models:
+                continue
             pipeline = parse_method(entry.method)
             widths = [str(FLOAT)] if pipeline.is_float else list(entry.bits or grid.bits)
             for bits in widths:
@@ -176,6 +189,10 @@ def load_grid(path: Path | None, overrides: dict[str, Any]) -> GridConfig:
     if calibration is not None:
         values["calibration"] = {**(values.get("calibration") or {}), "corpus": calibration}
     values.update(overrides)
+    if "models" in overrides and "methods" not in overrides:
+        # The file's restrictions to models are for the file's models.
+        entries = [_on(entry, overrides["models"]) for entry in values.get("methods") or ()]
+        values["methods"] = [entry for entry in entries if entry is not None]
     if "tasks" in overrides and "limits" not in overrides and values.get("limits"):
         # The file's limits are for the file's tasks.
         values["limits"] = {task: n for task, n in values["limits"].items() if task in overrides["tasks"]}
@@ -186,3 +203,11 @@ def load_grid(path: Path | None, overrides: dict[str, Any]) -> GridConfig:
         where = ".".join(str(part) for part in first["loc"])
         source = f"grid file {path}" if path is not None else "command line"
         raise UserError(f"{source}: {where}: {first['msg']}") from error
+
+
+def _on(entry: Any, models: Sequence[str]) -> Any:
+    """A method's entry of a grid file on these models alone: None where it is for none of them."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("models"), list):
+        return entry
+    kept = [model for model in entry["models"] if model in models]
+    return {**entry, "models": kept} if kept else None

@@ -192,7 +192,9 @@ class _Work:
         failures = [record["failure"], *(task["failure"] for task in record["tasks"].values())]
         reasons = "; ".join(f"{item['stage']}: {item['message']}" for item in failures if item)
         if record["status"] != "done" and reasons:
-            self.progress.say(f"{self.cell}: {record['status']}: {reasons}")
+            refused = record["failure"] and record["failure"]["kind"] == "not_applicable"
+            state = "not applicable" if refused else record["status"]
+            self.progress.say(f"{self.cell}: {state}: {reasons}")
 
 
 def watch(job: Job, seconds: float, show: Callable[[Event], None]) -> tuple[Event, str, int | None]:

@@ -121,6 +121,7 @@ def run(arguments: argparse.Namespace, command: str) -> int:
         return 0
     from harness import report
     from harness.engine import run_grid
+    from harness.records import Cell
 
     out = arguments.out or Path("results") / run_name(grid, bool(given.keys() - {"time_limit"}))
     records = run_grid(
@@ -135,7 +136,7 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     tasks = list(dict.fromkeys(name for record in records for name in record["tasks"]))
     manifest = {"cells": [record["id"] for record in records], "tasks": tasks}
     print(f"report: {report.write_report(out, manifest=manifest)}")
-    failed = sum(record["status"] != "done" for record in records)
+    failed = sum(Cell(record).state not in ("done", "n/a") for record in records)
     if failed:
         print(f"{failed} of {len(records)} cells are incomplete; the report lists why", file=sys.stderr)
     return 1 if failed else 0

@@ -8,6 +8,7 @@ TEXT_COLUMNS = (
     *("bits", "method", "model", "task", "metric", "protocol"),
     *("setting", "value", "cell", "what", "stage", "reason", "last output", "text", "quantity", "test"),
     *("operation", "implementation", "execution", "matrices", "against"),
+    *("run", "recipe", "package", "licence"),
     *("shape", "phase", "online", "bound by", "target", "met", "device"),
 )
 """Columns of words, which start at the left; all others end at the right."""

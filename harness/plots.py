@@ -77,6 +77,19 @@ class HistogramPanel:
     after: dict[str, Sequence[int]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class CurvePanel:
+    """One pair of axes of a curve figure: label -> points (x, y)."""
+
+    title: str
+    series: Mapping[str, Sequence[tuple[float, float]]]
+    across: str
+    """What x is."""
+    log: bool = False
+    reference: tuple[str, float] | None = None
+    """A dotted line: what to call it, and where."""
+
+
 def bits_figure(path: Path, bits: Sequence[str], panels: Sequence[Panel], order: Sequence[str]) -> None:
     """Value against bit-width, one line a method, from most bits to fewest; values not finite are left out.
 
@@ -171,6 +184,28 @@ def learning_figure(path: Path, panels: Sequence[LearningPanel], order: Sequence
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _dress(axes, panel.title)
+    _legend(figure)
+    _save(figure, path)
+
+
+def curve_figure(path: Path, panels: Sequence[CurvePanel], order: Sequence[str]) -> None:
+    """y against x, one line a label; `order` as in `bits_figure`. A label "name, repetition" takes the colour
+    of its name and is dashed."""
+    figure, axes_of = _panels(len(panels))
+    for axes, panel in zip(axes_of, panels, strict=True):
+        for label, points in panel.series.items():
+            name, _, repetition = label.partition(", ")
+            style = _style(order.index(name)) | {"markersize": 3.0}
+            style |= {"linestyle": "--"} if repetition else {}
+            style |= {"marker": ""} if repetition or len(points) > 50 else {}
+            axes.plot([x for x, _ in points], [y for _, y in points], **style, label=label)
+        if panel.reference is not None:
+            name, place = panel.reference
+            axes.axhline(place, color="black", linestyle=":", linewidth=1, label=name)
+        axes.set_xlabel(panel.across)
+        _dress(axes, panel.title)
+        if panel.log:
+            _log_axis(axes, [y for points in panel.series.values() for _, y in points])
     _legend(figure)
     _save(figure, path)
 

@@ -246,7 +246,7 @@ def distinct(values: Iterable[Any]) -> str:
 
 def reason_text(failure: Record) -> str:
     """Kind and message; a user's mistake has a message that says it all. Long ones are cut."""
-    kind = failure.get("kind") if failure.get("kind") != "error" else None
+    kind = failure.get("kind") if failure.get("kind") not in ("error", "not_applicable") else None
     text = ": ".join(str(part) for part in (kind, failure.get("message")) if part) or "not recorded"
     return text if len(text) <= 400 else text[:400] + " …"
 

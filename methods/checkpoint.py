@@ -30,12 +30,16 @@ from methods.rope import RopeScaling
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+SHIPPED_MODELS = Path(__file__).resolve().parent / "shipped" / "models"
+"""Small models of training/ that come with the project, each in a folder of its name."""
 FAMILIES = {
     "llama": "Llama 1/2/3.x and SmolLM2",
     "mistral": "Mistral",
     "qwen2": "Qwen2/2.5",
     "qwen3": "Qwen3",
 }
+RECIPE_KEY = "quantgrid_recipe"
+"""Where the config.json of a model that training/ wrote says by which recipe it was trained."""
 _OF_SAVING = ("transformers_version", "is_local", "local_files_only")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -82,12 +86,14 @@ class Checkpoint:
 
 
 def open_checkpoint(name: str) -> Checkpoint:
-    """Open a model by name: the default model, a local folder, a .gguf file, or a hub id (org/name).
+    """Open a model by name: one of `built_in`, a local folder, a .gguf file, or a hub id (org/name).
 
     Raises UserError for anything else, naming what would do.
     """
     if name == DEFAULT_MODEL:
         return _open_gguf(assets.model_gguf(), DEFAULT_MODEL)
+    if name in built_in():
+        return _open_folder(SHIPPED_MODELS / name, name)
     path = Path(name).expanduser()
     if path.is_dir():
         return _open_folder(path, path.resolve().name)
@@ -98,9 +104,14 @@ def open_checkpoint(name: str) -> Checkpoint:
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _open_hub(name)
     raise UserError(
-        f"model {name!r}: give {DEFAULT_MODEL}, an existing folder with config.json and *.safetensors, "
-        "a .gguf file, or a hub id such as HuggingFaceTB/SmolLM2-135M"
+        f"model {name!r}: give {' or '.join(built_in())}, an existing folder with config.json and "
+        "*.safetensors, a .gguf file, or a hub id such as HuggingFaceTB/SmolLM2-135M"
     )
+
+
+def built_in() -> tuple[str, ...]:
+    """Names of models that need no hub: the default one, and those that come with the project."""
+    return (DEFAULT_MODEL, *sorted(path.parent.name for path in SHIPPED_MODELS.glob("*/config.json")))
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -173,6 +184,7 @@ def convert_config(config: Any) -> DecoderConfig:
         mlp_bias=bool(getattr(config, "mlp_bias", False)),
         qk_norm=family == "qwen3",
         windows=_windows(config),
+        recipe=getattr(config, RECIPE_KEY, None),
         bos_id=config.bos_token_id,
         eos_ids=_as_tuple(config.eos_token_id),
     )
@@ -359,6 +371,12 @@ def _converted(folder: Path) -> bool:
         return False
 
 
+def write_label(folder: Path, label: str, **facts: Any) -> None:
+    """Have a folder be called `label` as long as nothing in it changes; `facts` are kept for readers."""
+    manifest = {"label": label, "sha256": _sha256(folder, _weight_files(folder)), **facts}
+    (folder / "quantgrid.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
 def _label(folder: Path, digest: str) -> str | None:
     """What a conversion calls its weights; None where the folder is none, or is not what it was."""
     try:
@@ -402,9 +420,7 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     label = f"fp32 (dequantised {'/'.join(sorted(kinds))})" if kinds else "fp32"
-    digest = _sha256(folder, _weight_files(folder))
-    manifest = {"label": label, "sha256": digest, "source_sha256": _file_key(file)}
-    (folder / "quantgrid.json").write_text(json.dumps(manifest, indent=1))
+    write_label(folder, label, source_sha256=_file_key(file))
 
 
 def _open_hub(name: str) -> Checkpoint:

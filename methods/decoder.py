@@ -59,7 +59,7 @@ def parts_of(name: str) -> tuple[str, ...]:
 class DecoderConfig:
     """Shape of a decoder. `hidden_size` is the width of the residual stream; `norm_divisor` is what
     RMSNorm divides the sum of squares by (None: the stream's width). `windows[i]` is the sliding
-    attention window of layer i (None: full)."""
+    attention window of layer i (None: full). `recipe`: how it was trained, where that is on record."""
 
     family: str
     vocab_size: int
@@ -82,6 +82,7 @@ class DecoderConfig:
     embedding_projections: bool = False
     norm_divisor: int | None = None
     windows: tuple[int | None, ...] = ()
+    recipe: str | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 

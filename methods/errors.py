@@ -7,3 +7,7 @@ class UserError(Exception):
     Its message is one line that names what was wrong and what would be right. Entry points print it
     without a stack trace and exit with code 2.
     """
+
+
+class NotApplicableError(UserError):
+    """A method is not for this checkpoint: no failure, and nothing to mend but the choice of either."""

@@ -7,6 +7,7 @@ Gaussian), averaged over tokens. Measured at the inputs of q_proj (site "attenti
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from kernels.reference import fake_quantise
 from methods.bits import ActivationSpec, QuantiserSettings
-from methods.decoder import Decoder
+from methods.decoder import Block, Decoder
 
 BINS, REACH = 96, 12.0
 """Bins of a histogram of x/rms between -REACH and REACH; what lies beyond counts in the outermost."""
@@ -52,6 +53,33 @@ def token_kurtosis(x: Tensor) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     variance = centred.square().mean(-1)
     return centred.square().square().mean(-1) / variance.square().clamp(min=1e-30)
+
+
+def published_excess(x: Tensor) -> Tensor:
+    """Excess kurtosis of each row of x [..., width] as outlier-safe pre-training publishes it (arXiv
+    2506.19697): max(E[x⁴]/s⁴ - 3, 0), the fourth moment not centred, s the unbiased standard deviation. The
+    paper prints the centred one, `token_kurtosis` - 3. float64 [...]."""
+    x = x.to(torch.float64)
+    return (x.pow(4).mean(-1) / x.std(-1).pow(4).clamp(min=1e-30) - 3).clamp(min=0)
+
+
+@torch.no_grad()
+def hidden_states(model: Decoder, ids: Tensor) -> Iterator[Tensor]:
+    """The residual stream [B, T, width] that enters the first block of ids [B, T], then behind each block,
+    the last behind the final norm: layers + 1, as transformers returns them."""
+    state = model.embed(ids)
+    yield state.stream
+    for index, block in enumerate(model.layers, start=1):
+        assert isinstance(block, Block)
+        state = model.through(block, state)
+        yield state.stream if index < len(model.layers) else model.norm.of(state)[1]
+
+
+def excess_by_layer(model: Decoder, ids: Tensor, alone: bool = False) -> list[float]:
+    """Mean `published_excess` over the tokens of ids [B, T] at each of `hidden_states`. alone: every token by
+    itself, without context, as the published figures were measured."""
+    ids = ids.reshape(-1, 1) if alone else ids
+    return [float(published_excess(x).mean()) for x in hidden_states(model, ids)]
 
 
 def spread(x: Tensor, quantiser: ActivationSpec | None = None) -> Spread:

@@ -98,6 +98,10 @@ class Method:
         if not 0 < self.damp < 1:
             raise UserError(f"{self.name}: damp {self.damp}: give a share between 0 and 1")
 
+    def require(self, model: Decoder) -> None:
+        """Raise NotApplicableError, with the reason, where a checkpoint's float model is none that this
+        method is for. Called before anything else; must not change the model."""
+
     def learn(self, model: Decoder, calibration: Tensor | None, ctx: Context) -> Artifact:
         """Learn from the float model and calibration tokens [samples, length]; must not change the model.
 

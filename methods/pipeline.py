@@ -154,6 +154,8 @@ def quantise(
         started = now
 
     model = checkpoint.load(dtype)
+    for part in pipeline.parts:
+        part.require(model)
     lap("load")
     learned: list[Artifact] = []
     notes: list[str] = []

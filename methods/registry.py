@@ -26,6 +26,8 @@ _BUILT_IN = {
     "spinquant": "methods.spinquant:SpinQuant",
     "kurtail": "methods.kurtail:KurTail",
     "quad": "methods.quad:QUAD",
+    "osp": "methods.osp:OSP",
+    "ffn_hadamard": "methods.ffn_hadamard:FFNHadamard",
 }
 
 

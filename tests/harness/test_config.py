@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,6 +134,38 @@ def test_shipped_grids_load(root: Path, name: str) -> None:
     assert not needs_hub(grid)
     methods = {cell.pipeline.name for cell in cells_of(grid)}
     assert {"float", "rtn", "gptq", "quarot"} <= methods
+
+
+def test_a_method_can_be_for_some_models_alone(tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        "models: [a, b]\nbits: [w4a16]\ntasks: [piqa_local]\n"
+        "methods: [float, {method: rtn, models: [b]}, {method: gptq, models: [a]}]\n"
+    )
+
+    def methods(**overrides: Any) -> list[str]:
+        return [f"{cell.model} {cell.method}" for cell in cells_of(load_grid(path, overrides))]
+
+    assert methods() == ["a float", "a gptq", "b float", "b rtn"]
+    assert methods(models=["b"]) == ["b float", "b rtn"]
+    assert methods(models=["c"]) == ["c float"], "restrictions of the file hold for the file's models"
+    assert methods(models=["c"], methods=["float", "rtn"]) == ["c float", "c rtn"]
+    path.write_text(path.read_text().replace("models: [b]", "models: [d]"))
+    with pytest.raises(UserError, match="rtn on d: not among the models"):
+        methods()
+
+
+def test_the_twins_grid_compares_like_with_like(root: Path) -> None:
+    cells = cells_of(load_grid(root / "grids" / "osp.yaml", {}))
+    by_model = {
+        model: {(c.method.removeprefix("osp+"), c.bits, c.seed) for c in cells if c.model == model}
+        for model in ("twin-adam", "twin-osp")
+    }
+    names = {"osp": "rtn", "osp:rounding=gptq": "gptq"}
+    osp = {(names.get(method, method), bits, seed) for method, bits, seed in by_model["twin-osp"]}
+    refused = {("osp", bits, 0) for bits in ("w4a8", "w4a8kv8", "w4a4", "w4a4kv4")}
+    assert by_model["twin-adam"] - refused == osp
+    assert refused <= by_model["twin-adam"]
 
 
 def test_the_study_of_rotations_has_its_seeds(root: Path) -> None:

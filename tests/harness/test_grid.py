@@ -190,6 +190,22 @@ def test_a_cell_that_cannot_run_is_recorded_and_the_rest_goes_on(
     assert "group size 104" in (out / "report.md").read_text()
 
 
+def test_a_method_that_is_for_other_models_is_not_applicable(
+    settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ("--tasks", "piqa_local", "--methods", "float", "osp", "osp+ffn_hadamard")
+    assert run(settings, out, *arguments) == 0, "no failure"
+    assert "incomplete" not in capsys.readouterr().err
+    found = records(out)
+    failure = found["osp w4a4kv4 0"]["failure"]
+    assert failure["kind"] == "not_applicable"
+    report = (out / "report.md").read_text()
+    assert "### Not applicable" in report
+    assert f"| {failure['message']}" in report
+    assert failure["message"].startswith("osp needs a model of outlier-safe pre-training, and the gains of")
+
+
 def test_a_task_that_breaks_is_recorded_and_retried_on_request(
     settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

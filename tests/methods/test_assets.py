@@ -93,6 +93,18 @@ def test_a_second_use_downloads_nothing(tiny: assets.Wheel, monkeypatch: pytest.
     assert fetched(tiny, verify=True) == CONTENT
 
 
+def test_a_wheel_that_is_read_where_it_lies_is_checked_and_kept(
+    tiny: assets.Wheel, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = assets.archive(tiny)
+    assert path == assets.home() / "downloads" / tiny.filename
+    assert path.read_bytes() == (index / tiny.filename).read_bytes()
+    path.write_bytes(b"damaged")
+    assert assets.archive(tiny).read_bytes() == (index / tiny.filename).read_bytes()
+    monkeypatch.setattr(assets, "_pip_download", refuse_to_download)
+    assert assets.archive(tiny) == path
+
+
 def test_without_an_index_the_message_says_what_to_put_where(tiny: assets.Wheel, index: Path) -> None:
     (index / tiny.filename).unlink()
     with pytest.raises(UserError) as caught:

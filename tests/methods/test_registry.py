@@ -53,7 +53,7 @@ def test_options_are_read_as_their_types() -> None:
     [
         (
             "quarto",
-            ["unknown method 'quarto'", "did you mean 'quarot'?", "known: float, gptq, ", "quarot, rtn"],
+            ["unknown method 'quarto'", "did you mean 'quarot'?", "known: ", "float, gptq, ", "quarot, rtn"],
         ),
         ("GPTQ ", ["unknown method 'GPTQ'", "gptq"]),
         ("zzz", ["unknown method 'zzz'", "known: "]),

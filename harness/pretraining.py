@@ -1,0 +1,323 @@
+"""The report of the study of pre-training recipes, from what `python -m training.study collect` wrote.
+
+python -m harness.pretraining results/reference/osp/study.json --report reports/osp
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import plots, store
+from harness.markdown import table
+from harness.pretraining_tables import at_four_bits, in_order, overhead_section, recipe_name
+from methods.distribution import refuse_foreign_kernels
+from methods.errors import UserError
+
+Record = dict[str, Any]
+
+KURTOSIS = {"adam": 1818.56, "muon": 1575.12, "muon+ssnorm": 66.69, "muon+embproj": 703.23, "osp": 0.04}
+"""Excess kurtosis that Park et al. 2025 (arXiv 2506.19697, ablations) publish at 1.4 B parameters and 100 B
+tokens, each token without context."""
+OUTLIERS = 10.0
+"""Mean excess kurtosis below which a residual stream has no outliers to speak of: a single channel that holds
+a third of a stream's energy makes about a tenth of its width."""
+INTRODUCTION = """\
+Five recipes on the same text, number of tokens and seed, two of them with a second seed. `adam` trains \
+everything by AdamW; `muon` trains hidden matrices and norms by Muon, embedding and head by AdamW; \
+`+ssnorm` has norms of one scalar, `+embproj` learned projections behind the embedding and in front of the \
+head, which are absorbed afterwards; `osp` has all of it."""
+CURVES = """\
+*Loss on held-out text that shares no 13 words in a row with what was trained on, and its training loss. A \
+dashed line is the second seed.*"""
+THROUGH = """\
+*Excess kurtosis of the residual stream (mean over tokens and over the hidden states of all layers) and, \
+apart, of what down_proj reads, through training. Left with the tokens in their context, in the middle each \
+token alone, as it was published.*"""
+LAYERS = "*The same at the end of training, by layer.*"
+HISTOGRAMS = """\
+*How often values of the inputs of linears occur at the end of training, in units of their token's root mean \
+square, all layers together (log scale; the outermost bins hold all that lies beyond).*"""
+
+
+def write_report(study: Record, out: Path) -> Path:
+    """Write report.md and its figures into `out`; returns the report's path."""
+    runs = in_order(study["runs"])
+    if not runs:
+        raise UserError("the study has no runs to report")
+    figures = out / "figures"
+    text = ["# Pre-training recipes: what outlier-safe pre-training does", INTRODUCTION]
+    text += [_verdict(runs), "## Runs", *_runs(runs), "## Data", *_data(study["data"], runs)]
+    text += ["## Curves", _curves(runs, figures / "curves.svg"), CURVES]
+    text += ["## Outliers", *_kurtosis(runs, figures)]
+    text += at_four_bits(study["tables"], figures)
+    text += overhead_section(study["overhead"])
+    text += _rates(study["rates"])
+    path = out / "report.md"
+    store.write_text(path, "\n\n".join(filter(None, text)) + "\n")
+    return path
+
+
+def label(name: str) -> str:
+    """What a run is called: its recipe, and its seed beyond the first."""
+    recipe, seed = recipe_name(name)
+    return recipe if seed == 0 else f"{recipe}, seed {seed}"
+
+
+def order(runs: Mapping[str, Record]) -> list[str]:
+    return list(dict.fromkeys(recipe_name(name)[0] for name in runs))
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _verdict(runs: Mapping[str, Record]) -> str:
+    """Whether outliers appeared at all, in words."""
+    ends = {name: run["probes"][-1] for name, run in runs.items() if run["probes"]}
+    adam = [mean(end["excess"]) for name, end in ends.items() if recipe_name(name)[0] == "adam"]
+    osp = [mean(end["excess"]) for name, end in ends.items() if recipe_name(name)[0] == "osp"]
+    if not adam or not osp:
+        return ""
+    longest = max(run["probes"][-1]["tokens"] for run in runs.values() if run["probes"])
+    size = max(run["parameters"]["all"] for run in runs.values())
+    found = (
+        f"After {longest / 1e6:,.0f} M tokens of training at {size / 1e6:.1f} M parameters the residual "
+        f"stream has a mean excess kurtosis of {_many(adam)} by Adam and of {_many(osp)} by OSP."
+    )
+    if max(adam) < OUTLIERS:
+        found += (
+            f" **Outliers like those published ({KURTOSIS['adam']:,} by Adam) did not appear at this "
+            f"scale**: none of Adam's runs "
+            f"reaches {OUTLIERS:g}, and what follows compares recipes, not outliers with "
+            "their absence."
+        )
+    return found
+
+
+def _many(values: Sequence[float]) -> str:
+    return " and ".join(f"{value:,.2f}" for value in values)
+
+
+def _runs(runs: Mapping[str, Record]) -> list[str]:
+    lines = []
+    for name, run in runs.items():
+        settings, log, probes = run["settings"], run["log"], run["probes"]
+        held = [line["held_out"] for line in probes]
+        fell = f"{held[-2]:.4f} → {held[-1]:.4f}" if len(held) > 1 else "–"
+        tokens = log[-1]["tokens"] if log else 0
+        lines.append(
+            [
+                label(name),
+                f"{run['parameters']['all'] / 1e6:.2f} M",
+                f"{log[-1]['step'] if log else 0:,} of {settings['steps']:,}",
+                f"{tokens / 1e6:.1f} M",
+                f"{tokens / run['train_tokens']:.2f}",
+                f"{held[-1]:.4f}" if held else "–",
+                fell,
+                f"{sum(line['seconds'] for line in log):,.1f}",
+                f"{_median([line['tokens_per_second'] for line in log]):,.0f}",
+            ]
+        )
+    head = ["run", "parameters", "steps", "tokens", "epochs", "held-out loss", "at the last two probes"]
+    found = [table([*head, "seconds", "tokens/s"], lines)]
+    first = next(iter(runs.values()))
+    settings, command = first["settings"], first["commands"][-1]
+    shape, rates = settings["shape"], settings["rates"]
+    found.append(
+        f"Each: {shape['layers']} layers, width {shape['width']}, {shape['heads']} heads, hidden width "
+        f"{shape['hidden']}; {settings['batch']} sequences of {settings['length']:,} tokens a step; rates "
+        f"{rates['adam']:g} (adam), {rates['muon']:g} (Muon), {rates['embedding']:g} (embedding and head "
+        f"beside Muon), up over the first {settings['warmup']:.0%} of the steps and down to 0 over the last "
+        f"{settings['decay']:.0%}; weight decay {settings['weight_decay']:g} on matrices; "
+        f"{settings['precision']}; {command['device']}, torch {command['torch']}. Losses are in nats a token."
+    )
+    found.append("Commands:\n\n" + "\n".join(f"    {text}" for text in _commands(runs)))
+    return found
+
+
+def _commands(runs: Mapping[str, Record]) -> list[str]:
+    return list(dict.fromkeys(entry["command"] for run in runs.values() for entry in run["commands"]))
+
+
+def _median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2] if values else 0.0
+
+
+def _data(data: Record, runs: Mapping[str, Record]) -> list[str]:
+    about = {source["name"]: source for source in data["sources"]}
+    own = {"package": "–", "what": "–", "licence": "–"}  # of files that a user gave
+    lines = []
+    for name, counts in data["characters"].items():
+        source = {**own, **about.get(name, {})}
+        kept = f"{counts['kept'] / 1e6:.1f}"
+        lines.append([name, source["package"], source["what"], kept, source["licence"]])
+    unique = next(iter(runs.values()))["train_tokens"]
+    facts = (
+        f"{unique:,} different tokens to train on and {data['tokens']['held_out']:,} held out; vocabulary "
+        f"{data['vocabulary']:,}. No document shares 13 words in a row with a text that an evaluation reads. "
+        f"Made by\n\n    {data['command']}"
+    )
+    return [table(["text", "package", "what", "M characters", "licence"], lines), facts]
+
+
+def _curves(runs: Mapping[str, Record], path: Path) -> str:
+    held = {
+        label(name): [(line["tokens"] / 1e6, line["held_out"]) for line in run["probes"]]
+        for name, run in runs.items()
+    }
+    trained = {
+        label(name): [(line["tokens"] / 1e6, line["loss"]) for line in run["log"]]
+        for name, run in runs.items()
+    }
+    panels = [
+        plots.CurvePanel("held-out loss (nats a token)", held, "million tokens", log=True),
+        plots.CurvePanel("training loss", trained, "million tokens", log=True),
+    ]
+    plots.curve_figure(path, panels, order(runs))
+    return f"![Loss against tokens](figures/{path.name})"
+
+
+def _kurtosis(runs: Mapping[str, Record], figures: Path) -> list[str]:
+    probed = {name: run for name, run in runs.items() if run["probes"]}
+    lines = []
+    for name, run in probed.items():
+        end = run["probes"][-1]
+        down = end["sites"]["down_proj"]
+        lines.append(
+            [
+                label(name),
+                f"{mean(end['excess']):.3f}",
+                f"{max(end['excess']):.3f}",
+                f"{mean(end['alone']):.3f}",
+                f"{max(end['alone']):.3f}",
+                f"{mean([site['kurtosis'] for site in down]) - 3:.2f}",
+                f"{max(site['largest'] for site in down):.1f}",
+                f"{KURTOSIS[recipe_name(name)[0]]:,.2f}" if recipe_name(name)[0] in KURTOSIS else "–",
+            ]
+        )
+    head = ["run", "in context", "most", "alone", "most ", "down_proj inputs", "their largest value"]
+    floor = 1e-3  # an excess of nothing has no place on a log axis
+
+    def through(read: Any) -> dict[str, list[tuple[float, float]]]:
+        return {
+            label(name): [(line["tokens"] / 1e6, max(read(line), floor)) for line in run["probes"]]
+            for name, run in probed.items()
+        }
+
+    def by_layer(read: Any) -> dict[str, list[tuple[float, float]]]:
+        return {
+            label(name): [(i, max(x, floor)) for i, x in enumerate(read(run["probes"][-1]))]
+            for name, run in probed.items()
+        }
+
+    def down_of(line: Record) -> list[float]:
+        return [site["kurtosis"] - 3 for site in line["sites"]["down_proj"]]
+
+    reads = (
+        ("excess kurtosis, in context", lambda line: line["excess"]),
+        ("excess kurtosis, tokens alone", lambda line: line["alone"]),
+        ("excess kurtosis of down_proj inputs", down_of),
+    )
+    plots.curve_figure(
+        figures / "kurtosis.svg",
+        [
+            plots.CurvePanel(
+                title, through(lambda line, read=read: mean(read(line))), "million tokens", log=True
+            )
+            for title, read in reads
+        ],
+        order(runs),
+    )
+    plots.curve_figure(
+        figures / "layers.svg",
+        [plots.CurvePanel(title, by_layer(read), "layer", log=True) for title, read in reads],
+        order(runs),
+    )
+    return [
+        table([*head, "published, 1.4 B"], lines),
+        "Excess kurtosis by the published formula: the fourth moment not centred, negative values as 0.",
+        "![Kurtosis through training](figures/kurtosis.svg)",
+        THROUGH,
+        "![Kurtosis by layer](figures/layers.svg)",
+        LAYERS,
+        *_histograms(probed, figures / "histograms.svg"),
+    ]
+
+
+def _histograms(runs: Mapping[str, Record], path: Path) -> list[str]:
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for name, run in runs.items():
+        for site, entry in (run["probes"][-1].get("histograms") or {}).items():
+            counts, reach = entry["counts"], entry["reach"]
+            width, total = 2 * reach / len(counts), sum(counts) or 1
+            points = [(width * (i + 0.5) - reach, n / total) for i, n in enumerate(counts) if n]
+            panels.setdefault(site, {})[label(name)] = points
+    if not panels:
+        return []
+    drawn = [
+        plots.CurvePanel(f"{site} inputs", series, "value / root mean square", log=True)
+        for site, series in panels.items()
+    ]
+    plots.curve_figure(path, drawn, order(runs))
+    return [f"![Histograms of the inputs of linears](figures/{path.name})", HISTOGRAMS]
+
+
+def _rates(rates: Record | None) -> list[str]:
+    if rates is None:
+        return []
+    lines = [
+        [
+            line["recipe"],
+            f"{line['rate']:g}",
+            "not finite" if line["tuning"] is None else f"{line['tuning']:.4f}",
+            f"{line['tokens'] / 1e6:.1f} M",
+        ]
+        for line in rates["tried"]
+    ]
+    chosen = ", ".join(f"{name} {rate:g}" for name, rate in rates["chosen"].items())
+    return [
+        "## How the rates were chosen",
+        f"By the loss on tuning text (no text of any evaluation) of short runs: {chosen}. The recipes in "
+        "between take those of `muon`.",
+        table(["recipe", "rate", "loss on tuning text", "tokens"], lines),
+        f"    {rates['command']}",
+    ]
+
+
+def read_study(path: Path) -> Record:
+    try:
+        found: Record = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"study {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"study {path} is damaged: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict) or not {"data", "runs", "tables", "overhead", "rates"} <= found.keys():
+        raise UserError(f"study {path}: not a file that python -m training.study collect wrote")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.pretraining", description="Write the report of the study of recipes."
+    )
+    parser.add_argument(
+        "study", type=Path, metavar="FILE", help="written by python -m training.study collect"
+    )
+    parser.add_argument("--report", required=True, type=Path, metavar="DIR", help="where the report goes")
+    arguments = parser.parse_args(argv)
+    try:
+        refuse_foreign_kernels()
+        print(write_report(read_study(arguments.study), arguments.report))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

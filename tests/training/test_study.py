@@ -1,0 +1,120 @@
+"""The study's commands on a small model: each leaves what the next one needs and goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+
+from methods.errors import NotApplicableError
+from tests.training import small_data
+from training import overhead, study, tables
+from training.recipe import SHAPES, Rates
+from training.tokens import Data
+from training.trainer import MODEL, Trainer
+
+SHARED = ("--shape", "twin", "--batch", "4", "--length", "32", "--precision", "fp32")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_twin() -> Iterator[None]:
+    with mock.patch.dict(SHAPES, twin=small_data.SHAPE):
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    return small_data.write(tmp_path_factory.mktemp("text") / "data")
+
+
+def give(*arguments: object) -> int:
+    return study.main([str(argument) for argument in arguments])
+
+
+def test_the_whole_study(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "study"
+    shared = ("--out", out, "--data", data.folder, *SHARED)
+    assert give("run", *shared, "--tokens", 256) == 2
+    assert "give the commands in their order" in capsys.readouterr().err
+    assert give("rates", *shared, "--tokens", 2560, "--tried", 1e-5, 1e-2, 0.9) == 0
+    rates = json.loads((out / study.RATES).read_text())
+    assert rates["chosen"] == {"adam": 0.01, "muon": 0.01, "embedding": 0.01}
+    assert [line["recipe"] for line in rates["tried"]] == ["adam"] * 3 + ["muon"] * 3
+    runs = ("--runs", "adam", "osp:1")
+    assert give("run", *shared, *runs, "--tokens", 1280, "--limit", 0) == 0
+    assert not (out / "adam-0").exists()
+    assert give("run", *shared, *runs, "--tokens", 1280, "--limit", 500) == 0
+    assert {path.name for path in out.iterdir() if (path / MODEL).is_dir()} == {"adam-0", "osp-1"}
+    more = (("ffn_hadamard", "w4a4kv4"),)
+    with mock.patch.object(tables, "EVERY", (("rtn", "w4a4"),)), mock.patch.object(tables, "MORE", more):
+        assert give("tables", *shared, *runs, "--windows", 3) == 0
+    found = json.loads((out / study.TABLES).read_text())["models"]
+    specs = {name: [cell["spec"] for cell in cells] for name, cells in found.items()}
+    assert specs == {
+        "adam-0": ["float", "rtn", "ffn_hadamard"],
+        "osp-1": ["float", "osp", "osp+ffn_hadamard"],
+    }
+    with mock.patch.object(tables, "measure", side_effect=AssertionError("measured again")):
+        assert give("tables", *shared, *runs) == 0
+    assert give("overhead", "--out", out, *SHARED, "--vocabulary", 60) == 0
+    assert give("collect", "--out", out, "--data", data.folder, *runs, "--to", tmp_path / "all.json") == 0
+    whole = json.loads((tmp_path / "all.json").read_text())
+    assert set(whole["runs"]) == {"adam-0", "osp-1"}
+    assert all(run["finished"] and run["probes"] and run["log"] for run in whole["runs"].values())
+    assert [step["recipe"] for step in whole["overhead"]["steps"]] == ["adam", "muon", "osp"]
+    assert whole["tables"]["models"] == found
+    assert whole["data"]["vocabulary"] == data.vocabulary
+
+
+def test_likelihoods_are_those_of_transformers(data: Data, tmp_path: Path) -> None:
+    run = small_data.trainer(tmp_path / "run", data, small_data.settings("adam", 20, rates=Rates(0.01)))
+    assert run.train()
+    cells = tables.measure(
+        tmp_path / "run" / MODEL,
+        data,
+        [("gptq", "w4a16"), ("rtn", "w4a4kv4")],
+        torch.device("cpu"),
+        windows=3,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / MODEL, dtype=torch.float32)
+    for text in tables.TEXTS:
+        ids = data.windows(text, run.settings.length, 3)
+        with torch.no_grad():
+            expected = [31 * float(model(row[None], labels=row[None]).loss) for row in ids]
+        assert cells[0]["nll"][text] == pytest.approx(expected, rel=1e-5)
+        float_, gptq, rtn = (sum(cell["nll"][text]) for cell in cells)
+        assert float_ < rtn
+        assert not math.isclose(float_, gptq)
+    with pytest.raises(NotApplicableError):
+        tables.measure(tmp_path / "run" / MODEL, data, [("osp", "w4a4")], torch.device("cpu"), windows=1)
+
+
+def test_a_step_is_timed_at_any_shape() -> None:
+    given = small_data.settings("osp", 1)
+    found = overhead.time_step(given, 50, torch.device("cpu"), repeats=3, warm=1)
+    assert found["micro_tokens"] == 8 * 32
+    for batch in overhead.BATCHES:
+        expected = found["pass_seconds"] * batch / 256 + found["update_seconds"]
+        assert found["seconds"][str(batch)] == pytest.approx(expected)
+    adam = overhead.time_step(small_data.settings("adam", 1), 50, torch.device("cpu"), repeats=1, warm=1)
+    # Adam keeps two numbers a parameter, Muon one.
+    hidden = small_data.SHAPE.layers * (4 * 32 * 32 + 3 * 32 * 48)
+    assert adam["state_bytes"] > 8 * (hidden + 2 * 50 * 32)
+    assert 4 * hidden < found["state_bytes"] < adam["state_bytes"]
+
+
+def test_a_limit_between_runs_is_kept(data: Data, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    out.mkdir()
+    (out / study.RATES).write_text(json.dumps({"chosen": {"adam": 0.01, "muon": 0.01, "embedding": 0.01}}))
+    shared = ("--out", out, "--data", data.folder, *SHARED, "--runs", "adam", "muon", "--tokens", 256)
+    with mock.patch.object(Trainer, "train", return_value=False) as train:
+        assert give("run", *shared, "--limit", 100) == 0
+    assert train.call_count == 1, "a run that ran out of time ends the command"
+    assert 0 < train.call_args.args[0] <= 100
