@@ -34,6 +34,7 @@ from methods.errors import UserError
 from methods.footprint import effective_bits, model_bits
 from methods.kurtosis import block_input_kurtosis
 from methods.method import Artifact, Context
+from methods.online import online_parts
 from methods.pipeline import Pipeline, Quantised, quantise
 
 PROBE_TOKENS = 1024
@@ -344,6 +345,7 @@ class CellRun:
                 }
                 for site in quantised.kurtosis
             ],
+            "online": [dataclasses.asdict(part) for part in online_parts(quantised.decoder)],
             "weight_error": [dataclasses.asdict(error) for error in quantised.rounding_errors],
         }
 

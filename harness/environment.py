@@ -23,7 +23,7 @@ _CODE = ("kernels", "methods", "harness")
 _PRESENTATION = {
     f"harness/{name}.py"
     for name in (
-        *("report", "records", "tables", "figures", "plots", "compare", "costs"),
+        *("report", "ablation", "records", "tables", "figures", "plots", "compare", "costs"),
         *("stats", "inference", "evidence", "fidelity"),
         *("gate", "baseline", "movement", "judgement", "recording", "trial"),
         *("grid", "engine", "worker", "store", "progress"),

@@ -23,6 +23,8 @@ _BUILT_IN = {
     "rtn": "methods.rtn:RTN",
     "gptq": "methods.gptq:GPTQ",
     "quarot": "methods.quarot:QuaRot",
+    "static": "methods.static:Static",
+    "fptquant": "methods.fptquant:FPTQuant",
 }
 
 

@@ -51,7 +51,7 @@ def test_options_are_read_as_their_types() -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("quarto", ["unknown method 'quarto'", "did you mean 'quarot'?", "float, gptq, quarot, rtn"]),
+        ("quarto", ["unknown method 'quarto'", "did you mean 'quarot'?", "gptq, quarot, rtn"]),
         ("GPTQ ", ["unknown method 'GPTQ'", "gptq"]),
         ("zzz", ["unknown method 'zzz'", "known: "]),
         ("quarot:onlin=true", ["unknown option of quarot 'onlin'", "did you mean 'online'?"]),
