@@ -1,5 +1,5 @@
-"""What a cell's record says of its model beside scores: the inputs of blocks, what was learned, how far
-weights were moved by rounding."""
+"""What a cell's record says of its model beside scores: the inputs of blocks, what was learned, what
+runs online, how far weights were moved by rounding."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from methods.kurtosis import BINS, REACH, SiteKurtosis
+from methods.online import online_parts
 from methods.pipeline import Quantised
 
 Record = dict[str, Any]
@@ -32,6 +33,7 @@ def describe(quantised: Quantised, before: Mapping[str, Record]) -> Record:
         "kurtosis": [_site(site, before[site_key(site)]) for site in quantised.kurtosis],
         "histograms": _histograms(quantised.kurtosis, before),
         **({"learned": learned} if learned else {}),
+        "online": [dataclasses.asdict(part) for part in online_parts(quantised.decoder)],
         "weight_error": [dataclasses.asdict(error) for error in quantised.rounding_errors],
     }
 

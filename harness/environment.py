@@ -25,7 +25,8 @@ _CODE = ("kernels", "methods", "harness")
 _PRESENTATION = {
     f"harness/{name}.py"
     for name in (
-        *("report", "records", "tables", "figures", "gains", "learning", "plots", "compare", "costs"),
+        *("report", "records", "tables", "figures", "ablation", "gains", "learning", "plots"),
+        *("compare", "costs"),
         *("stats", "inference", "evidence", "fidelity"),
         *("gate", "baseline", "movement", "judgement", "recording", "trial"),
         *("grid", "engine", "worker", "store", "progress"),

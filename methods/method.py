@@ -51,10 +51,12 @@ class Context:
 
 @dataclass(frozen=True)
 class Plan:
-    """Quantiser of every linear (by its full name) and of the KV cache."""
+    """Quantiser of every linear (by its full name) and of the KV cache; `known`: static ranges, named as in
+    `Method.ranges`, that a method has learned."""
 
     linears: dict[str, LinearSpec]
     kv: KVSpec | None
+    known: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def static(self) -> bool:

@@ -7,8 +7,9 @@ calibration tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,14 @@ from methods.errors import UserError
 from methods.linear import Linear
 from methods.method import Artifact, Context, Plan
 from methods.rounding import SITES
+
+
+class Collector(Protocol):
+    """Sees all values of one site, then gives it a range."""
+
+    def add(self, x: Tensor) -> None: ...
+
+    def range(self, name: str, spec: ActivationSpec | KVSpec) -> tuple[Tensor, Tensor | None]: ...
 
 
 @dataclass
@@ -49,7 +58,15 @@ class Extremes:
 
 @torch.no_grad()
 def min_max_ranges(model: Decoder, plan: Plan, calibration: Tensor, ctx: Context) -> Artifact:
-    """Ranges of everything static in the plan, named as `Method.ranges` says.
+    """Ranges from extremes; see `static_ranges`."""
+    return static_ranges(model, plan, calibration, ctx, Extremes)
+
+
+@torch.no_grad()
+def static_ranges(
+    model: Decoder, plan: Plan, calibration: Tensor, ctx: Context, collector: Callable[[], Collector]
+) -> Artifact:
+    """Ranges of everything static in the plan, named as `Method.ranges` says, each by a collector of its own.
 
     calibration: token ids [samples, length]. Linears that read one input by one quantiser get the very same
     tensors, so that their input is quantised once. The model's activation quantisers must be off.
@@ -58,11 +75,13 @@ def min_max_ranges(model: Decoder, plan: Plan, calibration: Tensor, ctx: Context
     states = [model.embed(row[None].to(model.device)) for row in calibration]
     for index, block in model.stream_blocks(ctx.device):
         prefix = f"layers.{index}."
-        inputs = _watch_inputs(block, prefix, plan)
-        keys, values = Extremes(), Extremes()
+        inputs = _watch_inputs(block, prefix, plan, collector)
+        keys, values = collector(), collector()
         if plan.kv is not None and plan.kv.static:
 
-            def observe(key: Tensor, value: Tensor, keys: Extremes = keys, values: Extremes = values) -> None:
+            def observe(
+                key: Tensor, value: Tensor, keys: Collector = keys, values: Collector = values
+            ) -> None:
                 keys.add(key)
                 values.add(value)
 
@@ -99,10 +118,12 @@ def set_ranges(model: Decoder, tensors: Mapping[str, Tensor]) -> None:
         setattr(owners[owner], buffer, moved[id(tensor)])
 
 
-def _watch_inputs(block: Block, prefix: str, plan: Plan) -> list[tuple[list[str], ActivationSpec, Extremes]]:
+def _watch_inputs(
+    block: Block, prefix: str, plan: Plan, collector: Callable[[], Collector]
+) -> list[tuple[list[str], ActivationSpec, Collector]]:
     """Observe the inputs with static quantisers; linears of one input, spec and kept columns together."""
     named: dict[str, Linear] = dict(block.linears())
-    found: list[tuple[list[str], ActivationSpec, Extremes]] = []
+    found: list[tuple[list[str], ActivationSpec, Collector]] = []
     for site in SITES:
         together: dict[tuple[ActivationSpec, int], list[str]] = {}
         for name in site:
@@ -110,9 +131,9 @@ def _watch_inputs(block: Block, prefix: str, plan: Plan) -> list[tuple[list[str]
             if spec is not None and spec.activation is not None and spec.activation.static:
                 together.setdefault((spec.activation, spec.keep), []).append(name)
         for (activation, keep), names in together.items():
-            extremes = Extremes()
+            extremes = collector()
 
-            def observe(x: Tensor, extremes: Extremes = extremes, keep: int = keep) -> None:
+            def observe(x: Tensor, extremes: Collector = extremes, keep: int = keep) -> None:
                 extremes.add(x[..., keep:])
 
             named[names[0]].observer = observe

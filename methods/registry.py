@@ -28,6 +28,8 @@ _BUILT_IN = {
     "quad": "methods.quad:QUAD",
     "osp": "methods.osp:OSP",
     "ffn_hadamard": "methods.ffn_hadamard:FFNHadamard",
+    "static": "methods.static:Static",
+    "fptquant": "methods.fptquant:FPTQuant",
 }
 
 

@@ -8,7 +8,7 @@ T to the rows of its weight.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -76,8 +76,15 @@ class Rotations:
 
 
 @torch.no_grad()
-def rotate(model: Decoder, rotations: Rotations, device: torch.device | str | None = None) -> Decoder:
-    """Fold the norm gains, untie the head and apply `rotations`, in place, one block at a time."""
+def rotate(
+    model: Decoder,
+    rotations: Rotations,
+    device: torch.device | str | None = None,
+    *,
+    before: Callable[[int, Block, Edit], None] | None = None,
+) -> Decoder:
+    """Fold the norm gains, untie the head and apply `rotations`, in place, one block at a time. `before` may
+    edit each block first, in the same float64."""
     untie(model)
     absorb_projections(model)
     residual = rotations.residual
@@ -88,6 +95,8 @@ def rotate(model: Decoder, rotations: Rotations, device: torch.device | str | No
         )
     for index, block in model.stream_blocks(device):
         with edited(block) as edit:
+            if before is not None:
+                before(index, block, edit)
             _fold_gains(edit, block)
             if residual is not None:
                 matrix = residual.to(block.mlp.down_proj.weight.device)

@@ -1,0 +1,336 @@
+"""The quantised network as a function of transforms and static ranges that has gradients, and its loss.
+
+Rounding passes gradients straight through; a static quantiser's clipping and ends have true gradients:
+
+    s = (high - low) / (2^b - 1)    z = round(-low / s)    x̂ = s (clamp(round(x / s) + z, 0, 2^b - 1) - z)
+
+Of the weights nothing learns: they are merged anew at every step, and rounded where asked for with scales
+that keep the share of each row's largest value that was best before training. The loss is the Jensen-Shannon
+divergence, per token in nats, between the float model's next-token distribution p and the student's q:
+
+    ½ KL(p || m) + ½ KL(q || m),  m = (p + q) / 2
+
+Each block is computed again when gradients pass it, and so is each chunk of logits: of what lies between,
+memory holds that of one block and of `CHUNK` tokens. Per-token scaling of the stream does not change what
+linears read, so the student leaves it out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from kernels.reference import fake_quantise
+from methods import rope
+from methods.bits import ActivationSpec, KVSpec
+from methods.decoder import Attention, Block, Decoder, RMSNorm, State, attention_mask
+from methods.function_preserving import (
+    Parameters,
+    change_layer,
+    hadamard_of,
+    head_gains,
+    layer_change,
+    residual_matrix,
+)
+from methods.quantisers import find_range
+from methods.transforms import READERS, WRITERS, Edit, merge_online
+
+CHUNK = 128  # tokens whose logits exist at a time
+SITES = {
+    "attention": ("self_attn.q_proj.input", "self_attn.k_proj.input", "self_attn.v_proj.input"),
+    "output": ("self_attn.o_proj.input",),
+    "mlp": ("mlp.gate_proj.input", "mlp.up_proj.input"),
+    "hidden": ("mlp.down_proj.input",),
+    "key": ("self_attn.k",),
+    "value": ("self_attn.v",),
+}
+"""Everything that is quantised in a layer, and the stems of the ranges that it sets. The column of each in
+`range.low` and `range.high` [layers, 6], the logarithms of -low and high, is its place here."""
+_PLACE = {site: place for place, site in enumerate(SITES)}
+_SMALLEST = 1e-9
+Merge = Callable[[Block, int, Tensor | None], tuple[Edit, tuple[Tensor, Tensor] | None]]
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor, quantise: Callable[[Tensor], Tensor]) -> Tensor:
+        return quantise(x)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def quantise_between(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """x̂ of the equations above; low < 0 < high broadcast against x."""
+    top = 2**bits - 1
+    scale = (high - low) / top
+    zero = _Round.apply(-low / scale)
+    return ((_Round.apply(x / scale) + zero).clamp(0, top) - zero) * scale
+
+
+@dataclass(frozen=True)
+class Student:
+    """What the network is quantised to while it learns. weight_bits: 16 leaves weights alone. shares: per
+    layer and linear the share [out, 1] of each merged row's largest |w| that its scale spans (`rounded`)."""
+
+    model: Decoder
+    hadamard: bool
+    condition: float
+    activation: ActivationSpec | None
+    kv: KVSpec | None
+    weight_bits: int = 16
+    shares: Mapping[tuple[int, str], Tensor] = field(default_factory=dict)
+
+    def merged(
+        self, layer: int, block: Block, parameters: Parameters, residual: Tensor | None
+    ) -> tuple[Edit, tuple[Tensor, Tensor] | None]:
+        """The weights and biases of a block with all transforms merged, in the parameters' dtype, and the
+        gains of its query and key norms where these change."""
+        dtype = next(iter(parameters.values())).dtype if parameters else block.mlp.down_proj.weight.dtype
+        edit = Edit()
+        for name, linear in block.linears():
+            edit.weights[name] = linear.weight.to(dtype)
+            if linear.bias is not None:
+                edit.biases[name] = linear.bias.to(dtype)
+        change = layer_change(parameters, layer, self.condition)
+        change_layer(edit, change, block)
+        for norm, readers in (
+            (block.input_layernorm, READERS[:3]),
+            (block.post_attention_layernorm, READERS[3:]),
+        ):
+            for name in readers:
+                edit.weights[name] = _times_gain(edit.weights[name], norm)
+        if residual is not None:
+            for name in READERS:
+                edit.read(name, residual)
+            for name in WRITERS:
+                edit.write(name, residual)
+        if self.hadamard:
+            merge_online(edit, "mlp.down_proj", hadamard_of(self.model.config))
+        return edit, head_gains(change, block)
+
+    def rounded(self, layer: int, name: str, weight: Tensor) -> Tensor:
+        """A merged weight [out, in] as codes of `weight_bits` have it, symmetric, one scale a row."""
+        if self.weight_bits == 16:
+            return weight
+        top = 2 ** (self.weight_bits - 1)
+        scale = weight.detach().abs().amax(1, keepdim=True).clamp(min=1e-8) / (top - 1)
+        scale = scale * self.shares[layer, name]
+        return _Round.apply(weight / scale).clamp(-top, top - 1) * scale
+
+    def states(self, ids: Tensor, parameters: Parameters) -> Tensor:
+        """The stream [B, T, hidden] behind the last block, in the model's own basis, for ids [B, T]."""
+        model, length = self.model, ids.shape[1]
+        residual = residual_matrix(parameters)
+        angles = model.angles(torch.arange(length, device=ids.device)[None])
+        x = model.embed(ids).stream
+        turns = residual if self.weight_bits == 16 else None
+        x = x if residual is None or turns is not None else x @ residual.to(x.dtype)
+        for layer, block in enumerate(model.layers):
+            assert isinstance(block, Block)
+            mask = attention_mask(length, 0, None, block.self_attn.window, ids.device)
+
+            def run(
+                x: Tensor, layer: int = layer, block: Block = block, mask: Tensor | None = mask
+            ) -> Tensor:
+                return self._block(layer, block, parameters, residual, turns, x, angles, mask)
+
+            x = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+        return x if residual is None or turns is not None else x @ residual.mT.to(x.dtype)
+
+    def _block(
+        self,
+        layer: int,
+        block: Block,
+        parameters: Parameters,
+        residual: Tensor | None,
+        turns: Tensor | None,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+    ) -> Tensor:
+        """The stream behind one block: merged weights read and write it in the basis of `residual`, or in the
+        model's own where `turns` is that matrix and serves the quantisers alone, which for weights that are
+        not rounded is the same function and far cheaper for few tokens."""
+        attention = block.self_attn
+        edit, gains = self.merged(layer, block, parameters, None if turns is not None else residual)
+        batch, length, _ = x.shape
+
+        def project(name: str, x: Tensor) -> Tensor:
+            bias = edit.biases.get(name)
+            weight = self.rounded(layer, name, edit.weights[name])
+            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+        def quantised(site: str, x: Tensor) -> Tensor:
+            return self._quantised(layer, site, x, parameters)
+
+        def normalised(site: str, norm: RMSNorm) -> Tensor:
+            read = (x / norm.rms(x)).to(x.dtype)
+            if turns is None:
+                return quantised(site, read)
+            return quantised(site, read @ turns.to(x.dtype)) @ turns.mT.to(x.dtype)
+
+        read = normalised("attention", block.input_layernorm)
+        query, key, value = (
+            project(name, read).view(batch, length, -1, attention.head_dim).transpose(1, 2)
+            for name in READERS[:3]
+        )
+        query, key = _normalised(attention, query, key, gains)
+        query, key = rope.rotate(query, *angles), rope.rotate(key, *angles)
+        out = F.scaled_dot_product_attention(
+            query,
+            quantised("key", key),
+            quantised("value", value),
+            attn_mask=mask,
+            is_causal=mask is None and length > 1,
+            enable_gqa=attention.heads != attention.kv_heads,
+        )
+        out = quantised("output", out.transpose(1, 2).reshape(batch, length, -1))
+        x = x + project("self_attn.o_proj", out)
+        read = normalised("mlp", block.post_attention_layernorm)
+        hidden = F.silu(project("mlp.gate_proj", read)) * project("mlp.up_proj", read)
+        hidden = hadamard_of(self.model.config)(hidden) if self.hadamard else hidden
+        return x + project("mlp.down_proj", quantised("hidden", hidden))
+
+    def _quantised(self, layer: int, site: str, x: Tensor, parameters: Parameters) -> Tensor:
+        spec = self.kv if site in ("key", "value") else self.activation
+        if spec is None:
+            return x
+        if spec.static:
+            low, high = ends(parameters, layer, site)
+            return quantise_between(x, low.to(x.dtype), high.to(x.dtype), spec.bits)
+        group = spec.group if isinstance(spec, ActivationSpec) else None
+        return _StraightThrough.apply(
+            x,
+            lambda x: fake_quantise(x, spec.bits, symmetric=spec.symmetric, clip=spec.clip, group=group),
+        )
+
+
+@torch.no_grad()
+def best_shares(student: Student, parameters: Parameters, bits: int) -> dict[tuple[int, str], Tensor]:
+    """For `Student.shares`: what the search of methods/quantisers.py finds on the merged weights."""
+    residual = residual_matrix(parameters)
+    shares = {}
+    for layer, block in enumerate(student.model.layers):
+        assert isinstance(block, Block)
+        edit, _ = student.merged(layer, block, parameters, residual)
+        for name, weight in edit.weights.items():
+            scale, _ = find_range(weight, bits, symmetric=True, search=True)
+            whole = weight.abs().amax(1, keepdim=True).clamp(min=1e-8) / (2 ** (bits - 1) - 1)
+            shares[layer, name] = scale / whole
+    return shares
+
+
+def _times_gain(weight: Tensor, norm: RMSNorm) -> Tensor:
+    return weight if norm.weight is None else weight * norm.weight.to(weight)
+
+
+def _normalised(
+    attention: Attention, query: Tensor, key: Tensor, gains: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Query and key behind their norms, where the family has them."""
+    if attention.q_norm is None or attention.k_norm is None:
+        return query, key
+    if gains is None:
+        return attention.q_norm(query), attention.k_norm(key)
+    norms = (attention.q_norm, attention.k_norm)
+    q, k = (
+        (x / norm.rms(x)).to(x.dtype) * gain.to(x.dtype)
+        for x, norm, gain in zip((query, key), norms, gains, strict=True)
+    )
+    return q, k
+
+
+# Ranges
+
+
+def ends(parameters: Parameters, layer: int, site: str) -> tuple[Tensor, Tensor]:
+    """Low and high of a static range, scalars."""
+    place = _PLACE[site]
+    return -parameters["range.low"][layer, place].exp(), parameters["range.high"][layer, place].exp()
+
+
+def range_parameters(ranges: Mapping[str, Tensor], layers: int, bits: Mapping[str, int]) -> dict[str, Tensor]:
+    """`range.low` and `range.high` of ranges that are named as in `Method.ranges`; bits: of each site."""
+    found = {
+        name: torch.zeros(layers, len(SITES), dtype=torch.float64) for name in ("range.low", "range.high")
+    }
+    for layer in range(layers):
+        for site, width in bits.items():
+            stem = f"layers.{layer}.{SITES[site][0]}"
+            scale, zero = float(ranges[f"{stem}_scale"]), float(ranges[f"{stem}_zero"])
+            for name, end in (("range.low", zero), ("range.high", 2**width - 1 - zero)):
+                found[name][layer, _PLACE[site]] = math.log(max(end * scale, _SMALLEST))
+    return found
+
+
+def learned_ranges(parameters: Parameters, bits: Mapping[str, int]) -> dict[str, Tensor]:
+    """The opposite: scale and zero-point of each site in `bits` for every layer, float32 scalars; linears of
+    one input have the very same tensors."""
+    found = {}
+    for layer in range(parameters["range.low"].shape[0]):
+        for site, width in bits.items():
+            low, high = (end.detach().to("cpu", torch.float32) for end in ends(parameters, layer, site))
+            scale = (high - low) / (2**width - 1)
+            zero = (-low / scale).round()
+            for stem in SITES[site]:
+                found[f"layers.{layer}.{stem}_scale"] = scale
+                found[f"layers.{layer}.{stem}_zero"] = zero
+    return found
+
+
+# Loss
+
+
+@torch.no_grad()
+def teacher_states(model: Decoder, ids: Tensor) -> Tensor:
+    """The stream [B, T, hidden] behind the float model's last block, one sequence at a time."""
+    return torch.cat([model.states(row[None].to(model.device)).stream for row in ids])
+
+
+def divergence(student: Student, ids: Tensor, taught: Tensor, parameters: Parameters) -> Tensor:
+    """Mean Jensen-Shannon divergence per token, a scalar in nats, of ids [B, T] against the teacher's stream
+    `taught` [B, T, hidden]."""
+    model = student.model
+    own, taught = student.states(ids, parameters).flatten(0, 1), taught.flatten(0, 1)
+
+    def chunk(own: Tensor, taught: Tensor) -> Tensor:
+        p, q = model.logits(State(taught[None])), model.logits(State(own[None]))
+        return jensen_shannon(p, q).sum()
+
+    parts = [
+        checkpoint(
+            chunk,
+            own[at : at + CHUNK],
+            taught[at : at + CHUNK],
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for at in range(0, own.shape[0], CHUNK)
+    ]
+    return torch.stack(parts).sum() / own.shape[0]
+
+
+def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
+    """Divergence [...] in nats, 0 to log 2, of two logits [..., vocabulary], in float32 or better."""
+    p, q = (F.log_softmax(x.to(torch.promote_types(x.dtype, torch.float32)), -1) for x in (p, q))
+    middle = torch.logaddexp(p, q) - math.log(2)
+    return ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1)) / 2

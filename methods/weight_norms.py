@@ -1,0 +1,70 @@
+"""FPTQuant's local stage: a loss on merged weights alone, which needs no data.
+
+    Σ over linears (mean |W̃|^p)^(1/p),  p = 4, with W̃ the merged q, k, v, o, gate, up, down, embedding and
+    head
+
+At equal energy a matrix without large entries has the smallest. Every column of the residual basis looks like
+any other, so a step may look at a random share of them (and of the vocabulary), at that share of the cost.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from methods.decoder import Block, Decoder
+from methods.function_preserving import Parameters, residual_matrix
+from methods.student import Student
+from methods.transforms import READERS, WRITERS
+
+
+def weight_loss(
+    student: Student, parameters: Parameters, *, norm: float, columns: int, generator: torch.Generator
+) -> float:
+    """The loss above on `columns` of the stream's channels drawn by `generator`; adds its gradient to `.grad`
+    of the parameters, one layer after the other. Without a residual transform all channels are taken."""
+    model = student.model
+    residual = residual_matrix(parameters)
+    width = model.config.hidden_size
+    chosen = torch.randperm(width, generator=generator)[: min(columns, width)].to(model.device)
+    part = None if residual is None else residual[:, chosen].detach().requires_grad_()
+    total = 0.0
+    for layer, block in enumerate(model.layers):
+        assert isinstance(block, Block)
+        edit, _ = student.merged(layer, block, parameters, None)
+        weights = dict(edit.weights)
+        if part is not None:
+            weights |= {name: edit.weights[name] @ part for name in READERS}
+            weights |= {name: part.mT @ edit.weights[name] for name in WRITERS}
+        total += _add(sum(spread(weight, norm) for weight in weights.values()))
+    if part is not None and residual is not None:
+        rows = max(1, model.config.vocab_size * chosen.numel() // width)
+        ids = torch.randperm(model.config.vocab_size, generator=generator)[:rows].to(model.device)
+        for weight in _vocabulary(model, ids):
+            total += _add(spread(weight.to(part.dtype) @ part, norm))
+        if residual.requires_grad:
+            residual[:, chosen].backward(part.grad)
+    return total
+
+
+def spread(weight: Tensor, norm: float) -> Tensor:
+    """(mean |w|^norm)^(1/norm), a scalar."""
+    powers = weight.square().square() if norm == 4 else weight.abs().pow(norm)
+    return powers.mean() ** (1 / norm)
+
+
+def _add(loss: Tensor | int) -> float:
+    assert isinstance(loss, Tensor)
+    if loss.requires_grad:
+        loss.backward()
+    return float(loss.detach())
+
+
+@torch.no_grad()
+def _vocabulary(model: Decoder, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the embedding and of the head as the stream meets them, [n, hidden], without transforms."""
+    head = model.lm_head.weight[ids]
+    if model.embed_out is not None:
+        head = head @ model.embed_out.weight
+    gain = model.norm.weight
+    return model.embed(ids[None]).stream[0], head if gain is None else head * gain
