@@ -33,7 +33,7 @@ from methods.device import parse_device
 from methods.errors import UserError
 from methods.footprint import effective_bits, model_bits
 from methods.kurtosis import block_input_kurtosis
-from methods.method import Artifact, Context
+from methods.method import Artifact, Context, Plan
 from methods.pipeline import Pipeline, Quantised, quantise
 
 PROBE_TOKENS = 1024
@@ -142,6 +142,19 @@ def method_record(pipeline: Pipeline) -> Record:
     }
 
 
+def weight_groups(plan: Plan) -> list[Record]:
+    """The weight quantisers of a plan, {"bits", "group", "axis", "count", "linears"}, the most frequent
+    first; that one's linears, which are all others, are not listed."""
+    members: dict[tuple[int, int | None, int], list[str]] = {}
+    for name, spec in plan.linears.items():
+        members.setdefault((spec.bits, spec.group, spec.axis), []).append(name)
+    ordered = sorted(members.items(), key=lambda item: -len(item[1]))
+    return [
+        {"bits": bits, "group": group, "axis": axis, "count": len(names), "linears": names if place else None}
+        for place, ((bits, group, axis), names) in enumerate(ordered)
+    ]
+
+
 def _row_name(pipeline: Pipeline) -> str:
     """The method's name with those options that differ from its defaults, rounding and preset aside."""
     names = []
@@ -196,7 +209,10 @@ def quantising_units(cell: CellSpec, grid: GridConfig) -> float:
     samples, length = pipeline.calibration_shape(grid.calibration.samples, grid.calibration.length)
     # GPTQ passes the calibration text through each block about three times and then solves; rounding to
     # nearest takes as long as some ten thousand tokens.
-    return 3.0 * samples * length if pipeline.rounding == "gptq" else 10_000.0
+    # HQQ's twenty steps take as long as some twenty thousand, and sensitivity is two passes more.
+    rounding = {"gptq": 3.0 * samples * length, "hqq": 20_000.0}.get(pipeline.rounding, 10_000.0)
+    measured = any("calibration" in part.needs for part in pipeline.parts)
+    return rounding + (3.0 * samples * length if measured else 0.0)
 
 
 def settled(folder: Path, model: Model, retry_failed: bool, say: Callable[[str], None]) -> Record | None:
@@ -277,6 +293,9 @@ class CellRun:
             }
             record["diagnostics"] = self._diagnostics(quantised) | self._batch_spread(quantised)
             record["measured"]["seconds"] |= quantised.seconds
+            record["measured"]["learning"] = {
+                name: facts["seconds"] for name, facts in quantised.learned.items() if "seconds" in facts
+            }
             record["measured"]["memory"] = memory_record(quantised.decoder, quantised.plan)
         for plan in self.model.tasks:
             with self.steps.step(plan.name, plan.units(grid)):
@@ -345,6 +364,12 @@ class CellRun:
                 for site in quantised.kurtosis
             ],
             "weight_error": [dataclasses.asdict(error) for error in quantised.rounding_errors],
+            "weights": weight_groups(quantised.plan),
+            # How long it took is no property of what was learned.
+            "learned": {
+                name: {fact: value for fact, value in facts.items() if fact != "seconds"}
+                for name, facts in quantised.learned.items()
+            },
         }
 
     def _kurtosis_before(self) -> dict[str, float]:

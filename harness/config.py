@@ -31,10 +31,12 @@ class CalibrationConfig(_Strict):
 
 
 class MethodEntry(_Strict):
-    """A method of the grid; `bits` restricts it to these widths instead of the grid's."""
+    """A method of the grid; `bits` restricts it to these widths instead of the grid's, `seeds` has it run
+    with so many seeds, as a control that is drawn at random needs more than the rest."""
 
     method: str
     bits: tuple[str, ...] | None = None
+    seeds: int | None = Field(default=None, ge=1)
 
     @field_validator("method")
     @classmethod
@@ -147,7 +149,7 @@ def cells_of(grid: GridConfig) -> list[CellSpec]:
                 if not pipeline.is_float and Bits.parse(bits).is_float:
                     continue
                 seeded = pipeline.seeded(Bits.parse(bits), grid.quantiser)
-                for seed in range(grid.seeds if seeded else 1):
+                for seed in range((entry.seeds or grid.seeds) if seeded else 1):
                     cells[CellSpec(model, entry.method, bits, seed)] = None
     if not cells:
         raise UserError("the grid has no cells: give at least one method and bit-width below 16")

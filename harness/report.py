@@ -18,6 +18,7 @@ from typing import Any
 from tabulate import tabulate
 
 from harness import store
+from harness.boosting import boosting_section
 from harness.costs import cost_section
 from harness.evidence import (
     Differences,
@@ -154,6 +155,7 @@ def _model_section(model: Model, figures: Path, stem: str) -> list[str]:
     further = [*fidelity_section(model, to_float, problems), *recovery_section(model, problems)]
     text += [*difference_section(model, to_float, list(problems)), *further]
     text += [*seeds_section(model, comparisons, to_float), *power_section(model, comparisons, to_float)]
+    text += boosting_section(model, figures, stem)
     text += [*bits_section(model, figures, stem), *kurtosis_section(model, figures, stem)]
     return list(filter(None, text))
 

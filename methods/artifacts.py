@@ -75,7 +75,7 @@ def describe(
         "dtype": str(dtype),
         "parts": [_describe_part(part) for part in parts],
         "calibration": _tokens_sha256(calibration) if calibrated and calibration is not None else None,
-        "seed": ctx.seed if any(part.random for part in parts) else None,
+        "seed": ctx.seed if any(part.draws for part in parts) else None,
         "code": _code_sha256(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -173,7 +173,8 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def _describe_part(part: Method) -> dict[str, Any]:
-    options = {key: value for key, value in dataclasses.asdict(part).items() if key not in _AFTER_LEARNING}
+    later = (*_AFTER_LEARNING, *part.after_learning)
+    options = {key: value for key, value in dataclasses.asdict(part).items() if key not in later}
     plugin = type(part).__module__.partition(".")[0] not in _CODE
     return {
         "name": part.name,

@@ -18,7 +18,7 @@ from methods.bits import Bits, KVSpec, LinearSpec, QuantiserSettings
 from methods.decoder import Decoder
 from methods.errors import UserError
 
-ROUNDINGS = ("rtn", "gptq")
+ROUNDINGS = ("rtn", "gptq", "hqq")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Method:
 
     preset: "quick" (minutes on two CPU cores) or "paper" (what the paper did). rounding: how weights
     are rounded after the transform. samples, length: calibration sequences and their tokens (None:
-    the preset's). damp, act_order: GPTQ's.
+    the preset's). damp, act_order: GPTQ's. axis: weight groups along the inputs (1) or the outputs (0; rtn
+    and hqq in weight-only settings); meta: scales and zero-points in 8 bits (hqq); None: the preset's.
     """
 
     preset: str = "quick"
@@ -75,6 +76,8 @@ class Method:
     length: int | None = None
     damp: float = 0.01
     act_order: bool = False
+    axis: int | None = None
+    meta: bool | None = None
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
@@ -82,18 +85,22 @@ class Method:
     """What it takes beyond a checkpoint: "calibration", "gradients", "a special checkpoint"."""
     random: ClassVar[bool] = False
     """Whether its learn stage draws random numbers, calibration text aside."""
+    after_learning: ClassVar[tuple[str, ...]] = ()
+    """Options of its own that act only once it has learned: whatever they are, what is learned is shared."""
     seams: ClassVar[frozenset[str]] = frozenset()
     """Seams of the decoder that it transforms; two methods on one seam do not compose."""
 
     def __post_init__(self) -> None:
-        _choose("preset", self.preset, ("quick", "paper"))
-        _choose("rounding", self.rounding, ROUNDINGS)
+        choose("preset", self.preset, ("quick", "paper"))
+        choose("rounding", self.rounding, ROUNDINGS)
         for option in ("samples", "length"):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise UserError(f"{self.name}: {option} {value}: give a positive number")
         if not 0 < self.damp < 1:
             raise UserError(f"{self.name}: damp {self.damp}: give a share between 0 and 1")
+        if self.axis not in (None, 0, 1):
+            raise UserError(f"{self.name}: axis {self.axis}: give 1 (input channels) or 0 (output channels)")
 
     def learn(self, model: Decoder, calibration: Tensor | None, ctx: Context) -> Artifact:
         """Learn from the float model and calibration tokens [samples, length]; must not change the model.
@@ -128,13 +135,28 @@ class Method:
         """Departures from the paper on this model that a reader of the result must know."""
         return []
 
+    def findings(self, artifact: Artifact) -> list[str]:
+        """What this method has learned that a reader of the result must know."""
+        return []
+
+    @property
+    def draws(self) -> bool:
+        """Whether its learn stage draws random numbers with these options."""
+        return self.random
+
+    def layout(self) -> tuple[int, bool]:
+        """The axis of weight groups, and whether scales and zero-points are quantised: by default along the
+        inputs, and not."""
+        return self.axis if self.axis is not None else 1, bool(self.meta)
+
     def calibration_shape(self) -> tuple[int, int]:
         """Sequences and tokens each for calibration: the options, else the preset's."""
         samples, length = (128, 2048) if self.preset == "paper" else (32, 512)
         return self.samples or samples, self.length or length
 
 
-def _choose(option: str, value: str, choices: tuple[str, ...]) -> None:
+def choose(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise UserError unless an option's value is one of these."""
     if value not in choices:
         raise UserError(f"{option} {value!r}: choose one of {', '.join(choices)}")
 

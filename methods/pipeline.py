@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from methods.execution import EXECUTIONS, pack_decoder
 from methods.kurtosis import SiteKurtosis, block_input_kurtosis
 from methods.method import Artifact, Context, Method, Plan, default_plan
 from methods.ranges import set_ranges
-from methods.rounding import RoundingError, round_weights
+from methods.rounding import RoundingError, for_rounding, round_weights, rounding_notes
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,9 @@ class Pipeline:
     @cached_property
     def lead(self) -> Method:
         """The part whose rounding and calibration options hold: the last with a rounding of its own,
-        since composing names the refinement last; a plain `rtn` default does not overrule `gptq`."""
-        roundings = {part.rounding for part in self.parts} - {"rtn"}
-        if len(roundings) > 1:
-            raise UserError(f"{self.spec}: asks for more than one rounding: {', '.join(sorted(roundings))}")
-        return next((part for part in reversed(self.parts) if part.rounding in roundings), self.parts[-1])
+        since composing names the refinement last; a plain `rtn` default does not overrule `gptq`. What is
+        written on any part holds for all."""
+        return next((part for part in reversed(self.parts) if part.rounding != "rtn"), self.parts[-1])
 
     @property
     def rounding(self) -> str:
@@ -70,7 +69,7 @@ class Pipeline:
     @property
     def uses_seed(self) -> bool:
         """Whether another seed gives another model, static ranges aside (`seeded` counts them)."""
-        return self.needs_calibration or any(part.random for part in self.parts)
+        return self.needs_calibration or any(part.draws for part in self.parts)
 
     def calibrates(self, bits: Bits, settings: QuantiserSettings) -> bool:
         """Whether any stage reads calibration tokens at these bits and settings."""
@@ -109,6 +108,8 @@ class Quantised:
     notes: list[str] = field(default_factory=list)
     rounding_errors: list[RoundingError] = field(default_factory=list)
     kurtosis: list[SiteKurtosis] = field(default_factory=list)
+    learned: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the methods of the pipeline that learn say about how (`Artifact.meta`), by name."""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -155,7 +156,7 @@ def quantise(
     for part in pipeline.parts:
         learned.append(_learn(checkpoint, pipeline.parts[: len(learned) + 1], model, calibration, ctx))
         lap("learn")
-        notes += part.notes(model)
+        notes += [*part.notes(model), *part.findings(learned[-1])]
         model = part.transform(model, learned[-1])
         lap("transform")
     kurtosis = [] if probe is None else block_input_kurtosis(model, probe, ctx.device)
@@ -163,6 +164,8 @@ def quantise(
     plan = default_plan(model, bits, settings)
     for part, artifact in zip(pipeline.parts, learned, strict=True):
         plan = part.plan(model, bits, settings, artifact, plan)
+    plan = for_rounding(plan, pipeline.rounding, *pipeline.lead.layout())
+    notes += rounding_notes(model, plan)
     if plan.static and calibration is None:
         raise UserError(f"{pipeline.spec} plans static ranges and needs calibration tokens for them")
     errors: list[RoundingError] = []
@@ -188,7 +191,8 @@ def quantise(
         lap("pack")
     model = model.to(ctx.device)
     set_ranges(model, ranges.tensors)
-    return Quantised(model, plan, notes, errors, kurtosis, seconds)
+    facts = {part.name: found.meta for part, found in zip(pipeline.parts, learned, strict=True) if found.meta}
+    return Quantised(model, plan, notes, errors, kurtosis, facts, seconds)
 
 
 def _learn(

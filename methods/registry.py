@@ -22,7 +22,10 @@ _BUILT_IN = {
     "float": "methods.fp:Float",
     "rtn": "methods.rtn:RTN",
     "gptq": "methods.gptq:GPTQ",
+    "hqq": "methods.hqq:HQQ",
     "quarot": "methods.quarot:QuaRot",
+    "sensiboost": "methods.boost:SensiBoost",
+    "kurtboost": "methods.boost:KurtBoost",
 }
 
 

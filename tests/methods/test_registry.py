@@ -18,7 +18,7 @@ from methods.registry import method_class, method_classes, parse_method
 from methods.rtn import RTN
 from tests import families
 
-BUILT_IN = {"float", "rtn", "gptq", "quarot"}
+BUILT_IN = {"float", "rtn", "gptq", "hqq", "quarot", "sensiboost", "kurtboost"}
 
 
 def complaint(text: str) -> str:
@@ -51,7 +51,7 @@ def test_options_are_read_as_their_types() -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("quarto", ["unknown method 'quarto'", "did you mean 'quarot'?", "float, gptq, quarot, rtn"]),
+        ("quarto", ["unknown method 'quarto'", "did you mean 'quarot'?", "known: float, gptq, hqq"]),
         ("GPTQ ", ["unknown method 'GPTQ'", "gptq"]),
         ("zzz", ["unknown method 'zzz'", "known: "]),
         ("quarot:onlin=true", ["unknown option of quarot 'onlin'", "did you mean 'online'?"]),
