@@ -197,7 +197,10 @@ def quantising_units(cell: CellSpec, grid: GridConfig) -> float:
     samples, length = pipeline.calibration_shape(grid.calibration.samples, grid.calibration.length)
     # GPTQ passes the calibration text through each block about three times and then solves; rounding to
     # nearest takes as long as some ten thousand tokens.
-    return 3.0 * samples * length if pipeline.rounding == "gptq" else 10_000.0
+    # HQQ's twenty steps take as long as some twenty thousand, and sensitivity is two passes more.
+    rounding = {"gptq": 3.0 * samples * length, "hqq": 20_000.0}.get(pipeline.rounding, 10_000.0)
+    measured = any("calibration" in part.needs for part in pipeline.parts)
+    return rounding + (3.0 * samples * length if measured else 0.0)
 
 
 def settled(folder: Path, model: Model, retry_failed: bool, say: Callable[[str], None]) -> Record | None:

@@ -1,5 +1,5 @@
 """What a cell's record says of its model beside scores: the inputs of blocks, what was learned, what
-runs online, how far weights were moved by rounding."""
+runs online, to what weights were rounded and how far that moved them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from methods.kurtosis import BINS, REACH, SiteKurtosis
+from methods.method import Plan
 from methods.online import online_parts
 from methods.pipeline import Quantised
 
@@ -34,8 +35,22 @@ def describe(quantised: Quantised, before: Mapping[str, Record]) -> Record:
         "histograms": _histograms(quantised.kurtosis, before),
         **({"learned": learned} if learned else {}),
         "online": [dataclasses.asdict(part) for part in online_parts(quantised.decoder)],
+        "weights": weight_groups(quantised.plan),
         "weight_error": [dataclasses.asdict(error) for error in quantised.rounding_errors],
     }
+
+
+def weight_groups(plan: Plan) -> list[Record]:
+    """The weight quantisers of a plan, {"bits", "group", "axis", "count", "linears"}, the most frequent
+    first; that one's linears, which are all others, are not listed."""
+    members: dict[tuple[int, int | None, int], list[str]] = {}
+    for name, spec in plan.linears.items():
+        members.setdefault((spec.bits, spec.group, spec.axis), []).append(name)
+    ordered = sorted(members.items(), key=lambda item: -len(item[1]))
+    return [
+        {"bits": bits, "group": group, "axis": axis, "count": len(names), "linears": names if place else None}
+        for place, ((bits, group, axis), names) in enumerate(ordered)
+    ]
 
 
 def learning_costs(quantised: Quantised) -> Record:

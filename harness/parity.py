@@ -130,16 +130,18 @@ def cases(base: QuantiserSettings, group: int | None, small: bool) -> list[Case]
 def matrix(
     subject: Subject, pipelines: Sequence[Pipeline], bits: Sequence[Bits]
 ) -> list[tuple[Pipeline, Case]]:
-    """The rows of one model. On a large one, roundings other than to nearest, which give the same operations
-    other codes, run two widths alone. bits: only these, with default settings where the matrix lacks them."""
+    """The rows of one model. On a large one, roundings other than to nearest, and methods without a
+    transform, which give the same operations other codes, run two widths alone. bits: only these, with
+    default settings where the matrix lacks them."""
     every = cases(subject.base, subject.group, subject.small)
     usual = {"w4a16", "w4a4kv4"}
     brief = [case for case in every if str(case.bits) in usual and case.settings == subject.base]
     rows = []
     for pipeline in pipelines:
+        transforms = pipeline.name == "rtn" or any(part.seams for part in pipeline.parts)
         own = (
             every
-            if subject.small or pipeline.rounding == "rtn"
+            if subject.small or (pipeline.rounding == "rtn" and transforms)
             else [c for c in brief if c.dtype == "float32"]
         )
         if bits:

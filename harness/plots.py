@@ -60,6 +60,16 @@ class LayersPanel:
 
 
 @dataclass(frozen=True)
+class DepthPanel:
+    """One pair of axes of the depth figure: a value of every layer, on a log axis."""
+
+    title: str
+    series: Mapping[str, Sequence[float]]
+    marked: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Layers of a series with a ring around them."""
+
+
+@dataclass(frozen=True)
 class LearningPanel:
     """One pair of axes of the learning figure: the loss at each step, by label."""
 
@@ -170,6 +180,34 @@ def layers_figure(path: Path, panels: Sequence[LayersPanel], order: Sequence[str
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _dress(axes, panel.title)
+    _legend(figure)
+    _save(figure, path)
+
+
+def depth_figure(path: Path, panels: Sequence[DepthPanel]) -> None:
+    """Values along depth, one line a series; what is not finite and positive is left out."""
+    figure = Figure(figsize=(4.3 * len(panels) + 2.4, 4.4), layout="constrained", facecolor="white")
+    order = list(dict.fromkeys(label for panel in panels for label in panel.series))
+    for index, panel in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), index + 1)
+        for label, values in panel.series.items():
+            points = [(at, value) for at, value in enumerate(values) if value > 0 and math.isfinite(value)]
+            places, heights = [at for at, _ in points], [value for _, value in points]
+            axes.plot(places, heights, **_style(order.index(label)), label=label)
+            ringed = [point for point in points if point[0] in panel.marked.get(label, ())]
+            if ringed:
+                axes.scatter(
+                    [at for at, _ in ringed],
+                    [value for _, value in ringed],
+                    s=90,
+                    facecolors="none",
+                    edgecolors="black",
+                    label="boosted",
+                )
+        axes.set_xlabel("layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _dress(axes, panel.title)
+        _log_axis(axes, [value for values in panel.series.values() for value in values])
     _legend(figure)
     _save(figure, path)
 

@@ -276,7 +276,11 @@ def unranked(model: Record, row: Row) -> str:
     """Why a row takes no part in the ranking; empty when it does."""
     method = row.first.record["method"]
     parts = [part for part in method.get("options", {}).values() if isinstance(part, Mapping)]
-    groups = [row.first.bits.group, *(part.get("group") for part in parts if part.get("axis", 1) == 1)]
+    planned = (row.first.record.get("diagnostics") or {}).get("weights")
+    if planned is None:
+        groups = [row.first.bits.group, *(part.get("group") for part in parts if part.get("axis", 1) == 1)]
+    else:
+        groups = [some.get("group") for some in planned if some["axis"] == 1 and some["bits"] < 16]
     if model.get("pre_quantised") and any(0 < (group or 0) <= LATTICE_GROUP for group in groups):
         return "‡"
     return "§" if "paper" in (method.get("preset"), *(part.get("preset") for part in parts)) else ""

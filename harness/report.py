@@ -19,6 +19,7 @@ from tabulate import tabulate
 
 from harness import store
 from harness.ablation import ablation_section, online_section
+from harness.boosting import boosting_section
 from harness.costs import cost_section
 from harness.equal_bits import equal_bits_section
 from harness.evidence import (
@@ -159,6 +160,7 @@ def _model_section(model: Model, figures: Path, stem: str) -> list[str]:
     text += [*difference_section(model, to_float, list(problems)), *further]
     text += [*ablation_section(model), *online_section(model)]
     text += [*seeds_section(model, comparisons, to_float), *power_section(model, comparisons, to_float)]
+    text += boosting_section(model, figures, stem)
     text += [*bits_section(model, figures, stem), *kurtosis_section(model, figures, stem)]
     text += [*equal_bits_section(model), *gains_section(model), *learning_section(model, figures, stem)]
     return list(filter(None, text))

@@ -137,7 +137,8 @@ class PackedWeight:
 
     packed: uint8 [N, packed_width(K, bits)], see `packing`. inputs: K. signed: whether the codes, and with
     them `zero`, count from 0 (unsigned) or are two's complement.
-    scale, zero: [N, G], one for each of G groups of consecutive inputs (axis 1), or [N / group, K] (axis 0).
+    scale, zero: [N, G], one for each of G groups of consecutive inputs (axis 1), or [P, K] (axis 0): output n
+    has row n mod P, as HQQ lays such groups.
     zero is None for symmetric codes and may be fractional. In memory a group's values for all outputs follow
     each other: what neighbouring outputs need is then one piece, and one access of a GPU.
     colsum: int32 [N, G], the sum of the codes of each group as they are stored (signed), or None.
@@ -162,7 +163,7 @@ class PackedWeight:
 
     @property
     def group(self) -> int:
-        """Consecutive entries along `axis` that share a scale."""
+        """Consecutive inputs (axis 1), or outputs P apart (axis 0), that share a scale."""
         return (self.packed.shape[0] if self.axis == 0 else self.inputs) // self.scale.shape[self.axis]
 
 
@@ -189,13 +190,15 @@ def dequantise_weight(w: PackedWeight, dtype: torch.dtype | None = None) -> Tens
     weight = torch.empty(w.packed.shape[0], w.inputs, dtype=dtype or w.scale.dtype, device=w.scale.device)
     for rows in _weight_rows(w, _TILE):
         codes = unpack(w.packed[rows], w.bits, w.inputs, signed=w.signed)
-        groups = rows if w.axis == 1 else slice(rows.start // w.group, -(-rows.stop // w.group))
-        scale = w.scale[groups].unsqueeze(w.axis + 1)
+        groups = rows if w.axis == 1 else slice(None)
+        between = 2 if w.axis == 1 else 0  # [rows, G, group], or [rows / P, P, K]
+        scale = w.scale[groups].unsqueeze(between)
         part = weight[rows]
         values = part if part.dtype == scale.dtype else torch.empty_like(part, dtype=scale.dtype)
-        grouped = values.copy_(codes).unflatten(w.axis, (scale.shape[w.axis], -1))
+        grouped = values.copy_(codes)
+        grouped = grouped.unflatten(w.axis, (scale.shape[1], -1) if w.axis == 1 else (-1, scale.shape[1]))
         if w.zero is not None:
-            grouped.sub_(w.zero[groups].unsqueeze(w.axis + 1))
+            grouped.sub_(w.zero[groups].unsqueeze(between))
         grouped.mul_(scale)
         if values is not part:
             part.copy_(values)
@@ -314,10 +317,10 @@ def _signed(codes: Tensor, bits: int) -> Tensor:
 
 
 def _weight_rows(w: PackedWeight, codes: int) -> Iterator[slice]:
-    """Runs of outputs of about as many codes as given; whole groups of them along axis 0."""
+    """Runs of outputs of about as many codes as given; of axis-0 groups, of whole rounds of their scales."""
     rows, step = w.packed.shape[0], max(codes // w.inputs, 1)
     if w.axis == 0:
-        step = -(-step // w.group) * w.group
+        step = -(-step // w.scale.shape[0]) * w.scale.shape[0]
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

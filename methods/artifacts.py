@@ -43,6 +43,8 @@ _PORTABLE = ("model", "dtype", "parts", "calibration", "seed", "rounded")
 """What a shipped artifact is found by: all that it depends on but where and by which code it was learned."""
 _AFTER_LEARNING = ("rounding", "damp", "act_order")
 """Options of every method that act only once it has learned."""
+_UNLESS_GIVEN = ("group_axis", "meta")
+"""Options of every method that enter a key only where they are given: others are named as they ever were."""
 
 
 def learn(
@@ -100,7 +102,7 @@ def describe(
         "dtype": str(dtype),
         "parts": [_describe_part(part) for part in parts],
         "calibration": _tokens_sha256(calibration) if calibrated and calibration is not None else None,
-        "seed": ctx.seed if any(part.random for part in parts) else None,
+        "seed": ctx.seed if any(part.draws for part in parts) else None,
         "code": _code_sha256(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -199,7 +201,12 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def _describe_part(part: Method) -> dict[str, Any]:
-    options = {key: value for key, value in dataclasses.asdict(part).items() if key not in _AFTER_LEARNING}
+    later = (*_AFTER_LEARNING, *part.after_learning)
+    options = {
+        key: value
+        for key, value in dataclasses.asdict(part).items()
+        if key not in later and not (key in _UNLESS_GIVEN and value is None)
+    }
     plugin = type(part).__module__.partition(".")[0] not in _CODE
     return {
         "name": part.name,

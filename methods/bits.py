@@ -108,9 +108,10 @@ class LinearSpec:
     """Everything that rounding and execution need to know of one linear.
 
     `bits` 16 leaves the weight alone. Groups run along the input channels for `axis` 1 and along the
-    output channels for `axis` 0. The first `keep` input columns stay in full precision, weight and
-    activation. `search` looks for the clipped range of least error, as QuaRot's code does (80 shrink
-    steps of 1 %, exponent 2.4).
+    output channels for `axis` 0 (methods/groups.py). The first `keep` input columns stay in full precision,
+    weight and activation. `search` looks for the clipped range of least error, as QuaRot's code does (80
+    shrink steps of 1 %, exponent 2.4). `fractional`: zero-points are numbers of 16 bits and no codes; `meta`:
+    scales and zero-points are quantised to 8 bits (both HQQ's).
     """
 
     bits: int
@@ -120,6 +121,8 @@ class LinearSpec:
     search: bool = True
     activation: ActivationSpec | None = None
     keep: int = 0
+    fractional: bool = False
+    meta: bool = False
 
     def __post_init__(self) -> None:
         if self.axis not in (0, 1):

@@ -29,6 +29,7 @@ from methods.checkpoint import Checkpoint
 from methods.checkpoint_folder import copy_companions, write_json, write_tensors
 from methods.decoder import Block, Decoder, DecoderConfig, RMSNorm
 from methods.errors import UserError
+from methods.groups import runs_on
 from methods.linear import Linear, OnlineHadamard, QuantisedWeight
 from methods.method import Plan
 from methods.pipeline import Quantised
@@ -104,6 +105,7 @@ def objections(model: Decoder, plan: Plan, architecture: DecoderConfig) -> list[
     """
     return [
         *_plan_objections(plan, model.dtype),
+        *_group_objections(model, plan),
         *_transform_objections(model, plan),
         *_architecture_objections(model, architecture),
     ]
@@ -122,12 +124,24 @@ def _plan_objections(plan: Plan, dtype: torch.dtype) -> Iterator[str]:
     kept = [name for name, spec in specs.items() if spec.keep]
     if kept:
         yield f"kept full-precision columns ({_named(kept)})"
+    fractional = [name for name, spec in rounded.items() if spec.fractional]
+    if fractional:
+        yield f"fractional zero-points ({_named(fractional)})"
     across = [name for name, spec in rounded.items() if spec.axis == 0]
     if across:
         yield f"groups along the outputs, axis 0 ({_named(across)})"
     schemes = {_Scheme.of(spec) for spec in rounded.values()}
     if len(schemes) > 1 and not _loads_compressed(schemes, dtype):
         yield f"{len(schemes)} different weight quantisers that are not all symmetric and in float32"
+
+
+def _group_objections(model: Decoder, plan: Plan) -> Iterator[str]:
+    specs = {name: spec for name, spec in plan.linears.items() if spec.bits < 16}
+    running = [
+        name for name, linear in model.linears() if name in specs and runs_on(linear.shape, specs[name])
+    ]
+    if running:
+        yield f"groups that run on from one output into the next ({_named(running)})"
 
 
 def _transform_objections(model: Decoder, plan: Plan) -> Iterator[str]:

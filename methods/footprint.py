@@ -10,6 +10,7 @@ from torch import Tensor
 
 from methods.bits import LinearSpec
 from methods.decoder import Decoder, parts_of
+from methods.hqq import META_BITS, META_GROUP
 from methods.linear import Linear
 from methods.method import Plan
 from methods.transforms import WRITERS
@@ -81,8 +82,9 @@ def _spec(plan: Plan, name: str) -> LinearSpec:
 
 def effective_bits(model: Decoder, plan: Plan) -> dict[str, float]:
     """Bits per quantisable weight, activation and KV entry, scales, zero-points and kept columns counted
-    (16 bits a scale; `bits` bits a weight zero-point, 16 a KV zero-point, as they are stored). Where the
-    residual stream has been widened, per weight and activation of the model as it was."""
+    (16 bits a scale; `bits` bits a weight zero-point, 16 where it is fractional, 16 a KV zero-point; 8 bits
+    each and 32 for 128 of them where they are quantised). Where the residual stream has been widened, per
+    weight and activation of the model as it was."""
     weight_bits = weights = activation_bits = inputs = 0.0
     for name, linear in model.linears():
         spec = _spec(plan, name)
@@ -132,5 +134,8 @@ def linear_bits(linear: Linear, spec: LinearSpec) -> float:
     inputs -= spec.keep
     along, across = (inputs, outputs) if spec.axis == 1 else (outputs, inputs)
     groups = across * (along / (spec.group or along))
-    per_group = 16 + (0 if spec.symmetric else spec.bits)
+    if spec.meta:
+        per_group = 2 * META_BITS + 32 / META_GROUP
+    else:
+        per_group = 16 + (0 if spec.symmetric else 16 if spec.fractional else spec.bits)
     return 16.0 * outputs * spec.keep + spec.bits * outputs * inputs + per_group * groups

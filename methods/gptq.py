@@ -11,6 +11,7 @@ from torch import Tensor
 
 from methods.bits import LinearSpec
 from methods.errors import UserError
+from methods.groups import grouped, held, held_shape, runs_on
 from methods.linear import QuantisedWeight
 from methods.method import Method
 from methods.quantisers import find_range, from_codes, pack_dtype, to_codes
@@ -43,17 +44,17 @@ def solve(
 
     damp: share of the mean diagonal that is added to it. act_order: columns in order of falling
     diagonal; with groups, ranges are then taken from the original weights (static groups), since a
-    group's channels are no longer neighbours. Inputs that were never active get weight zero.
+    group's channels are no longer neighbours. So they are where groups run on into the next output. Inputs
+    that were never active get weight zero.
     """
     if spec.axis != 1:
         raise UserError("GPTQ groups run along the input channels: axis 1")
     weight = weight.to(hessian.dtype).clone()
-    columns = weight.shape[1]
-    group = spec.group or columns
-    if columns % group:
-        raise UserError(f"group size {group} does not divide the {columns} input channels")
-    static = group == columns or act_order
-    scales, zeros = _group_ranges(weight, group, spec) if static else ([], [])
+    shape = (weight.shape[0], weight.shape[1])
+    columns = shape[1]
+    group = columns // held_shape(shape, spec)[1]
+    static = group == columns or act_order or runs_on(shape, spec)
+    scales, zeros = _group_ranges(weight, spec) if static else ([], [])
     dead = hessian.diagonal() == 0  # zeroed after the ranges are found, as in the published code
     hessian = hessian.clone()
     hessian.diagonal()[dead] = 1
@@ -99,9 +100,14 @@ def solve(
     )
 
 
-def _group_ranges(weight: Tensor, group: int, spec: LinearSpec) -> tuple[list[Tensor], list[Tensor | None]]:
-    ranges = [find_range(part, spec.bits, spec.symmetric, spec.search) for part in weight.split(group, dim=1)]
-    return [scale for scale, _ in ranges], [zero for _, zero in ranges]
+def _group_ranges(weight: Tensor, spec: LinearSpec) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Scales and zero-points of every run of columns, each [out, 1]."""
+    shape = (weight.shape[0], weight.shape[1])
+    found = find_range(grouped(weight, spec), spec.bits, spec.symmetric, spec.search)
+    scale, zero = (None if part is None else held(part, shape, spec) for part in found)
+    assert scale is not None
+    scales = list(scale.split(1, dim=1))
+    return scales, [None] * len(scales) if zero is None else list(zero.split(1, dim=1))
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:

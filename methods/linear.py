@@ -32,9 +32,8 @@ from methods.gradients import straight_through
 class QuantisedWeight:
     """Integer form of a weight, [out, in - keep]: value = (codes - zero) * scale.
 
-    codes: int8 (symmetric) or uint8 (asymmetric), [out, in - keep]. scale and zero: one per group of
-    `group` consecutive entries along `axis`, [out, in/group] for axis 1, [out/group, in] for axis 0;
-    zero is None where symmetric.
+    codes: int8 (symmetric) or uint8 (asymmetric), [out, in - keep]. scale and zero: of each code's group, in
+    the shape of `methods.groups.held_shape`; zero is None where symmetric and may be fractional (HQQ).
     """
 
     codes: Tensor
@@ -56,8 +55,9 @@ class QuantisedWeight:
     def _spread(self, per_group: Tensor | None) -> Tensor | None:
         if per_group is None:
             return None
-        dim = self.spec.axis
-        return per_group.repeat_interleave(self.codes.shape[dim] // per_group.shape[dim], dim)
+        if self.spec.axis == 0:
+            return per_group.repeat(self.codes.shape[0] // per_group.shape[0], 1)
+        return per_group.repeat_interleave(self.codes.shape[1] // per_group.shape[1], 1)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ from methods.errors import UserError
 if TYPE_CHECKING:
     from methods.descent import Snapshots
 
-ROUNDINGS = ("rtn", "gptq")
+ROUNDINGS = ("rtn", "gptq", "hqq")
+PLAIN_LAYOUT = (1, False)
+"""Weight groups along the inputs, scales and zero-points not quantised: see `Method.layout`."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ class Method:
 
     preset: "quick" (minutes on two CPU cores) or "paper" (what the paper did). rounding: how weights
     are rounded after the transform. samples, length: calibration sequences and their tokens (None:
-    the preset's). damp, act_order: GPTQ's.
+    the preset's). damp, act_order: GPTQ's. group_axis: weight groups along the inputs (1) or the
+    outputs (0; rtn and hqq in weight-only settings); meta: scales and zero-points in 8 bits (hqq); None: the
+    preset's.
     """
 
     preset: str = "quick"
@@ -80,6 +84,8 @@ class Method:
     length: int | None = None
     damp: float = 0.01
     act_order: bool = False
+    group_axis: int | None = None
+    meta: bool | None = None
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
@@ -87,6 +93,8 @@ class Method:
     """What it takes beyond a checkpoint: "calibration", "gradients", "a special checkpoint"."""
     random: ClassVar[bool] = False
     """Whether its learn stage draws random numbers, calibration text aside."""
+    after_learning: ClassVar[tuple[str, ...]] = ()
+    """Options of its own that act only once it has learned: whatever they are, what is learned is shared."""
     seams: ClassVar[frozenset[str]] = frozenset()
     """Seams of the decoder that it transforms; two methods on one seam do not compose."""
 
@@ -99,6 +107,10 @@ class Method:
                 raise UserError(f"{self.name}: {option} {value}: give a positive number")
         if not 0 < self.damp < 1:
             raise UserError(f"{self.name}: damp {self.damp}: give a share between 0 and 1")
+        if self.group_axis not in (None, 0, 1):
+            raise UserError(
+                f"{self.name}: group_axis {self.group_axis}: give 1 (input channels) or 0 (output channels)"
+            )
 
     def require(self, model: Decoder) -> None:
         """Raise NotApplicableError, with the reason, where a checkpoint's float model is none that this
@@ -156,6 +168,20 @@ class Method:
     def rounding_tokens(self, calibration: Tensor) -> Tensor:
         """The calibration tokens that rounding and static ranges read: [samples, length], by default all."""
         return calibration
+
+    def findings(self, artifact: Artifact) -> list[str]:
+        """What this method has learned that a reader of the result must know."""
+        return []
+
+    @property
+    def draws(self) -> bool:
+        """Whether its learn stage draws random numbers with these options."""
+        return self.random
+
+    def layout(self) -> tuple[int, bool]:
+        """The axis of weight groups, and whether scales and zero-points are quantised: by default along the
+        inputs, and not."""
+        return 1 if self.group_axis is None else self.group_axis, bool(self.meta)
 
     def calibration_shape(self) -> tuple[int, int]:
         """Sequences and tokens each for calibration: the options, else the preset's."""

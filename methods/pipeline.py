@@ -22,9 +22,9 @@ from methods.descent import Snapshots
 from methods.errors import UserError
 from methods.execution import EXECUTIONS, pack_decoder
 from methods.kurtosis import SiteKurtosis, block_input_kurtosis
-from methods.method import Artifact, Context, Method, Plan, default_plan
+from methods.method import PLAIN_LAYOUT, Artifact, Context, Method, Plan, default_plan
 from methods.ranges import set_ranges
-from methods.rounding import RoundingError, round_weights
+from methods.rounding import RoundingError, for_rounding, round_weights, rounding_notes
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,9 @@ class Pipeline:
     @cached_property
     def lead(self) -> Method:
         """The part whose rounding and calibration options hold: the last with a rounding of its own,
-        since composing names the refinement last; a plain `rtn` default does not overrule `gptq`."""
-        roundings = {part.rounding for part in self.parts} - {"rtn"}
-        if len(roundings) > 1:
-            raise UserError(f"{self.spec}: asks for more than one rounding: {', '.join(sorted(roundings))}")
-        return next((part for part in reversed(self.parts) if part.rounding in roundings), self.parts[-1])
+        since composing names the refinement last; a plain `rtn` default does not overrule `gptq`. What is
+        written on any part holds for all."""
+        return next((part for part in reversed(self.parts) if part.rounding != "rtn"), self.parts[-1])
 
     @property
     def rounding(self) -> str:
@@ -73,7 +71,7 @@ class Pipeline:
     @property
     def uses_seed(self) -> bool:
         """Whether another seed gives another model, static ranges aside (`seeded` counts them)."""
-        return self.needs_calibration or any(part.random for part in self.parts)
+        return self.needs_calibration or any(part.draws for part in self.parts)
 
     def calibrates(self, bits: Bits, settings: QuantiserSettings) -> bool:
         """Whether any stage reads calibration tokens at these bits and settings."""
@@ -162,7 +160,7 @@ def quantise(
     for part in pipeline.parts:
         learned.append(_learn(checkpoint, pipeline.parts[: len(learned) + 1], model, calibration, ctx))
         lap("learn")
-        notes += part.notes(model)
+        notes += [*part.notes(model), *part.findings(learned[-1])]
         model = part.transform(model, learned[-1])
         lap("transform")
     kurtosis = [] if probe is None else block_input_kurtosis(model, probe, ctx.device)
@@ -170,6 +168,8 @@ def quantise(
     plan = default_plan(model, bits, settings)
     for part, artifact in zip(pipeline.parts, learned, strict=True):
         plan = part.plan(model, bits, settings, artifact, plan)
+    plan = for_rounding(plan, pipeline.rounding, *pipeline.lead.layout())
+    notes += rounding_notes(model, plan)
     if plan.static and calibration is None:
         raise UserError(f"{pipeline.spec} plans static ranges and needs calibration tokens for them")
     tokens = None if calibration is None else pipeline.lead.rounding_tokens(calibration)
@@ -245,11 +245,20 @@ def describe_tuning(
 ) -> dict[str, Any]:
     """What `artifacts.describe` says of that which `part` tunes: the rounding belongs to it."""
     lead = pipeline.lead
+    # What is plain enters no key, so that keys outlive new options.
+    layout = {} if lead.layout() == PLAIN_LAYOUT else {"layout": list(lead.layout())}
+    planning = {
+        part.name: {option: getattr(part, option) for option in part.after_learning}
+        for part in pipeline.parts
+        if part.after_learning
+    }
     rounded = {
         "tuned by": part.name,
         "bits": str(bits),
         "quantiser": asdict(settings),
         **{option: getattr(lead, option) for option in ("rounding", "damp", "act_order")},
+        **layout,
+        **({"planned by": planning} if planning else {}),
     }
     return artifacts.describe(
         pipeline.parts,

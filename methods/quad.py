@@ -192,7 +192,7 @@ class QUAD(Method):
                 return replace(spec, activation=settings.activation(max(8, spec.activation.bits)))
             return spec
 
-        return Plan({name: own(name, spec) for name, spec in base.linears.items()}, base.kv)
+        return replace(base, linears={name: own(name, spec) for name, spec in base.linears.items()})
 
     def tune_rounded(
         self, model: Decoder, calibration: Tensor, ctx: Context, snapshots: Snapshots | None

@@ -22,6 +22,7 @@ _BUILT_IN = {
     "float": "methods.fp:Float",
     "rtn": "methods.rtn:RTN",
     "gptq": "methods.gptq:GPTQ",
+    "hqq": "methods.hqq:HQQ",
     "quarot": "methods.quarot:QuaRot",
     "spinquant": "methods.spinquant:SpinQuant",
     "kurtail": "methods.kurtail:KurTail",
@@ -30,6 +31,8 @@ _BUILT_IN = {
     "ffn_hadamard": "methods.ffn_hadamard:FFNHadamard",
     "static": "methods.static:Static",
     "fptquant": "methods.fptquant:FPTQuant",
+    "sensiboost": "methods.boost:SensiBoost",
+    "kurtboost": "methods.boost:KurtBoost",
 }
 
 

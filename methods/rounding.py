@@ -8,7 +8,7 @@ calibration tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,8 +18,10 @@ from methods.bits import LinearSpec
 from methods.decoder import Block, Decoder, State
 from methods.errors import UserError
 from methods.gptq import Hessian, solve
+from methods.groups import runs_on
+from methods.hqq import as_hqq, round_hqq
 from methods.linear import Linear, QuantisedWeight
-from methods.method import Context
+from methods.method import Context, Plan
 from methods.rtn import round_to_nearest
 
 Rounder = Callable[..., QuantisedWeight]
@@ -40,6 +42,42 @@ class RoundingError:
 
     linear: str
     relative_error: float
+
+
+def for_rounding(plan: Plan, rounding: str, axis: int, meta: bool) -> Plan:
+    """The plan as `rounding` carries it out: for hqq asymmetric with fractional zero-points, and groups along
+    the axis asked for."""
+    if meta and rounding != "hqq":
+        raise UserError(f"meta=true with rounding {rounding}: only hqq quantises scales and zero-points")
+    specs = plan.linears
+    if rounding == "hqq":
+        specs = {name: as_hqq(spec, axis, meta) if spec.bits < 16 else spec for name, spec in specs.items()}
+    elif axis == 0:
+        specs = {name: replace(spec, axis=0) if spec.bits < 16 else spec for name, spec in specs.items()}
+    return replace(plan, linears=specs)
+
+
+def rounding_notes(model: Decoder, plan: Plan) -> list[str]:
+    """What weight groups and zero-points are, where that is not what the shared settings say."""
+    notes = []
+    if any(spec.fractional for spec in plan.linears.values()):
+        notes.append(
+            "hqq: asymmetric with fractional zero-points, no range search, whatever the shared setting"
+        )
+    running = [
+        name
+        for name, linear in model.linears()
+        if (spec := plan.linears.get(name)) is not None
+        and spec.bits < 16
+        and runs_on((linear.shape[0], linear.shape[1] - spec.keep), spec)
+    ]
+    if not running:
+        return notes
+    return [
+        *notes,
+        f"groups of {len(running)} linears do not divide their inputs and run on into the next output "
+        f"({running[0]}, ...); packed, their scales are held once for every output that they touch",
+    ]
 
 
 @torch.no_grad()
@@ -82,8 +120,11 @@ def round_weights(
                 hessian = _hessian(model, block, named[site[0]], states, keep.pop())
                 rounder: Rounder = partial(solve, hessian=hessian, damp=damp, act_order=act_order)
             else:
-                rounder = round_to_nearest
-            for name, error in _round_site({name: named[name] for name in chosen}, chosen, rounder).items():
+                rounder = round_hqq if rounding == "hqq" else round_to_nearest
+            together = rounding != "hqq"  # HQQ looks at a whole matrix when it decides where to stop
+            for name, error in _round_site(
+                {name: named[name] for name in chosen}, chosen, rounder, together
+            ).items():
                 errors.append(RoundingError(f"layers.{index}.{name}", error))
         if rounding == "gptq":
             states = [model.through(block, state) for state in states]
@@ -95,13 +136,15 @@ def _round_site(
     linears: dict[str, Linear],
     specs: dict[str, LinearSpec],
     rounder: Rounder,
+    together: bool,
 ) -> dict[str, float]:
-    """Round linears of one input; those of equal spec together, as rows of one matrix."""
+    """Round linears of one input; where they may be, those of equal spec together, as rows of one matrix."""
     errors: dict[str, float] = {}
     for spec in dict.fromkeys(specs.values()):
         names = [name for name in linears if specs[name] == spec]
         weights = [linears[name].weight[:, spec.keep :] for name in names]
-        if spec.axis == 0:
+        apart = spec.axis == 0 or not together
+        if apart or any(runs_on((weight.shape[0], weight.shape[1]), spec) for weight in weights):
             parts = [rounder(weight=weight, spec=spec) for weight in weights]
         else:
             parts = _split(

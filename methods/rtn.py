@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from methods.bits import LinearSpec
-from methods.errors import UserError
+from methods.groups import grouped, held, ungrouped
 from methods.linear import QuantisedWeight
 from methods.method import Method
 from methods.quantisers import find_range, pack_dtype, to_codes
@@ -18,19 +18,16 @@ from methods.quantisers import find_range, pack_dtype, to_codes
 def round_to_nearest(weight: Tensor, spec: LinearSpec) -> QuantisedWeight:
     """Quantise weight [out, in] (kept columns already removed) by `spec`, in float32 or better."""
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    along = weight if spec.axis == 1 else weight.T
-    rows, width = along.shape
-    group = spec.group or width
-    if width % group:
-        raise UserError(f"group size {group} does not divide the {width} channels it runs along")
-    groups = along.reshape(-1, group)
+    shape = (weight.shape[0], weight.shape[1])
+    groups = grouped(weight, spec)
     scale, zero = find_range(groups, spec.bits, spec.symmetric, spec.search)
-    codes = to_codes(groups, scale, zero, spec.bits).to(pack_dtype(spec.symmetric)).reshape(rows, width)
-    scale = scale.reshape(rows, -1)
-    zero = None if zero is None else zero.reshape(rows, -1)
-    if spec.axis == 0:
-        codes, scale, zero = codes.T.contiguous(), scale.T, None if zero is None else zero.T
-    return QuantisedWeight(codes, scale, zero, spec)
+    codes = to_codes(groups, scale, zero, spec.bits).to(pack_dtype(spec.symmetric))
+    return QuantisedWeight(
+        ungrouped(codes, shape, spec).contiguous(),
+        held(scale, shape, spec),
+        None if zero is None else held(zero, shape, spec),
+        spec,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -194,7 +194,22 @@ def test_the_study_of_quad_pairs_seeds_and_bits(root: Path) -> None:
     assert {len(part.rounding_tokens(torch.zeros(176, 1))) for part in parts} == {16}
 
 
+def test_boosting_grid_has_every_base_and_five_draws_of_every_control(root: Path) -> None:
+    grid = load_grid(root / "grids" / "boost.yaml", {})
+    assert not needs_hub(grid)
+    cells = cells_of(grid)
+    widths = {"w3a16g128", "w3a16g64", "w4a16g128", "w4a16g64"}
+    assert {cell.bits for cell in cells} == {"w16a16"} | widths
+    for method in {cell.method for cell in cells} - {"float"}:
+        mine = [cell for cell in cells if cell.method == method]
+        assert {cell.bits for cell in mine} == widths
+        assert len(mine) == 4 * (5 if "random" in method else 1)
+    methods = {cell.method for cell in cells}
+    assert {"float", "rtn", "gptq", "hqq"} <= methods
+    assert {f"{method};choice=random" for method in methods if method.endswith(("=2", "=3"))} <= methods
+
+
 def test_every_registered_method_has_a_w4a4kv4_row_in_the_quick_grid(root: Path) -> None:
     grid = load_grid(root / "grids" / "quick.yaml", {})
-    rows = {cell.pipeline.name for cell in cells_of(grid) if cell.bits == "w4a4kv4"}
+    rows = {part.name for cell in cells_of(grid) if cell.bits == "w4a4kv4" for part in cell.pipeline.parts}
     assert set(method_classes()) - {"float"} <= rows

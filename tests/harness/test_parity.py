@@ -451,12 +451,10 @@ def test_only_what_the_simulation_refuses_as_well_is_not_applicable(
         raise UserError("no such operation")
 
     subject, pipeline = subjects["odd"], parse_method("rtn")
-    group = Case(Bits.parse("w4a16g8"), subject.base, "float64")
+    group = Case(Bits.parse("w4a16g104"), subject.base, "float64")
     row = parity.measure(subject, pipeline, group, CPU)
-    assert (row["status"], row["faults"]) == (
-        "n/a",
-        ["group size 8 does not divide the 36 channels it runs along"],
-    )
+    assert row["status"] == "n/a"
+    assert row["faults"][0].startswith("group size 104 does not divide the ")
     monkeypatch.setattr("methods.pipeline.pack_decoder", refuse)
     row = parity.measure(subject, pipeline, Case(Bits.parse("w4a16"), subject.base, "float64"), CPU)
     assert row["status"] == "differs"

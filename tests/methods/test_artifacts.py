@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shlex
 import subprocess
 import sys
 import threading
@@ -19,12 +20,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from methods import artifacts
-from methods.bits import Bits
+from methods.bits import Bits, QuantiserSettings
 from methods.checkpoint import Checkpoint, open_checkpoint
 from methods.decoder import Decoder
 from methods.errors import UserError
 from methods.method import Artifact, Context, Method
-from methods.pipeline import Pipeline, Quantised, quantise
+from methods.pipeline import Pipeline, Quantised, describe_tuning, quantise
 from methods.registry import parse_method
 from tests import families
 
@@ -111,6 +112,54 @@ def test_learned_once(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert torch.equal(first, run(checkpoint, None, Counting()).decoder(IDS))
     assert LEARNED == ["counting"] * 2
     assert {path.suffix for path in cache.iterdir()} == {".json", ".safetensors", ".lock"}
+
+
+@pytest.mark.parametrize("path", sorted(artifacts.SHIPPED.glob("*.json")), ids=lambda path: path.stem[:8])
+def test_what_ships_is_found_by_the_command_that_made_it(path: Path) -> None:
+    """From the method as it is now: an option that came since must not enter the key at its default."""
+    content = json.loads(path.read_text())["content"]
+    arguments = shlex.split(content["meta"]["shipped"]["command"])
+    pipeline = parse_method(arguments[arguments.index("methods.shipping") + 1])
+    about = content["about"]
+    now = artifacts.describe(
+        pipeline.parts, Context(), model_sha256=about["model"], dtype=torch.float32, calibration=None
+    )
+    now["calibration"] = about["calibration"]
+    if "rounded" in about:
+        bits = Bits.parse(about["rounded"]["bits"])
+        checkpoint = mock.Mock(sha256=about["model"])
+        settings = QuantiserSettings()
+        tuned = describe_tuning(
+            checkpoint, pipeline, pipeline.lead, bits, settings, torch.float32, CALIBRATION, Context()
+        )
+        now["rounded"] = tuned["rounded"]
+    assert artifacts.portable_key(now) == path.stem
+    given = [replace(part, group_axis=1) for part in pipeline.parts]
+    parts = artifacts.describe(
+        given, Context(), model_sha256=about["model"], dtype=torch.float32, calibration=None
+    )["parts"]
+    assert artifacts.portable_key({**now, "parts": parts}) != path.stem
+
+
+def test_what_is_tuned_behind_another_plan_is_something_else() -> None:
+    checkpoint = mock.Mock(sha256="0" * 64)
+    keys = set()
+    texts = ["", "+rtn:rounding=hqq", "+hqq:group_axis=0", "+hqq:meta=true"]
+    texts += ["+kurtboost", "+kurtboost:stop=3", "+kurtboost:choice=random"]
+    for text in texts:
+        pipeline = parse_method(f"quad:tune=true{text}")
+        about = describe_tuning(
+            checkpoint,
+            pipeline,
+            pipeline.parts[0],
+            Bits.parse("w4a16"),
+            QuantiserSettings(),
+            torch.float32,
+            CALIBRATION,
+            Context(),
+        )
+        keys.add(artifacts.portable_key(about))
+    assert len(keys) == len(texts)
 
 
 def test_what_ships_is_not_learned_again(

@@ -189,6 +189,11 @@ def refusal(model: Decoder, plan: Plan, checkpoint: Checkpoint) -> str:
         ({"activation": ActivationSpec(8)}, "activations in 8 bits (layers.0.self_attn.q_proj and 13 more)"),
         ({"keep": 8}, "kept full-precision columns (layers.0.self_attn.q_proj and 13 more)"),
         ({"axis": 0, "group": 8}, "groups along the outputs, axis 0 (layers.0.self_attn.q_proj and 13 more)"),
+        ({"fractional": True}, "fractional zero-points (layers.0.self_attn.q_proj and 13 more)"),
+        (
+            {"group": 32},
+            "groups that run on from one output into the next (layers.0.self_attn.q_proj and 11 more)",
+        ),
     ],
 )
 def test_plans_it_cannot_carry(

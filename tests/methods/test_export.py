@@ -140,7 +140,7 @@ def test_a_compressed_tensors_checkpoint(model: Path, tmp_path: Path) -> None:
         ("--method rtn --bits w4a4 --device cuda:77", "device 'cuda:77': this machine has"),
         ("--method rtn --bits w4a4 --kv-clip 2", "kv_clip 2.0: give a ratio"),
         ("--method gptq --bits w4a4 --calibration booq", "no calibration text 'booq'"),
-        ("--method rtn --bits w4a16g40", "group size 40 does not divide the 64 channels"),
+        ("--method rtn --bits w4a16g40", "group size 40 does not divide the 4096 weights"),
     ],
 )
 def test_mistakes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -197,16 +198,19 @@ def test_rtn_properties(
     back = result.dequantise()
     assert back.dtype == torch.float64
     if not search:
-        step = result.scale.repeat_interleave(size // count, axis)
+        apart = result.scale.repeat(size // count, 1)
+        step = result.scale.repeat_interleave(size // count, 1) if axis else apart
         assert torch.all((back - weight).abs() <= (0.5 if symmetric else 1.0) * step * (1 + 1e-9))
     assert torch.equal(round_to_nearest(4 * weight, spec).codes, result.codes)
 
 
-def test_axis_0_is_axis_1_of_the_transpose() -> None:
+def test_axis_0_takes_outputs_that_are_apart() -> None:
+    """Groups of 16 of 32 outputs: every second output, as axis 1 of the re-ordered transpose."""
     weight = torch.randn(32, 48, generator=torch.Generator().manual_seed(0))
+    order = torch.cat((torch.arange(0, 32, 2), torch.arange(1, 32, 2)))
     zero_axis = round_to_nearest(weight, LinearSpec(4, group=16, axis=0, symmetric=False)).dequantise()
-    one_axis = round_to_nearest(weight.T.contiguous(), LinearSpec(4, group=16, symmetric=False)).dequantise()
-    assert torch.equal(zero_axis, one_axis.T)
+    one_axis = round_to_nearest(weight[order].T.contiguous(), LinearSpec(4, group=16, symmetric=False))
+    assert torch.equal(zero_axis[order], one_axis.dequantise().T)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -221,12 +225,28 @@ def test_rows_without_a_range(symmetric: bool, search: bool) -> None:
     assert torch.all(back[0] == 0)
 
 
+@pytest.mark.parametrize("group", [32, 64, 96])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_groups_that_run_on_into_the_next_row(group: int, act_order: bool) -> None:
+    """The weights of a matrix in one row: GPTQ without correlations rounds them as RTN does, to the bit."""
+    weight = torch.randn(8, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    spec = LinearSpec(4, group=group, symmetric=False)
+    found = round_to_nearest(weight, spec)
+    row = round_to_nearest(weight.view(1, -1), spec)
+    assert torch.equal(found.dequantise(), row.dequantise().view(8, 48))
+    assert found.scale.shape == (8, 48 // math.gcd(48, group))
+    identity = torch.eye(48, dtype=torch.float64)
+    solved = solve(weight, identity, spec, damp=0.01, act_order=act_order)
+    assert torch.equal(solved.codes, found.codes)
+    assert torch.equal(solved.dequantise(), found.dequantise())
+
+
 def test_group_sizes_that_do_not_fit_are_refused() -> None:
     weight = torch.randn(4, 48)
-    with pytest.raises(UserError, match="group size 32 does not divide the 48"):
-        round_to_nearest(weight, LinearSpec(4, group=32))
-    with pytest.raises(UserError, match="group size 32 does not divide the 48"):
-        solve(weight, torch.eye(48), LinearSpec(4, group=32), damp=0.01, act_order=False)
+    with pytest.raises(UserError, match="group size 40 does not divide the 192 weights of a 4 x 48 matrix"):
+        round_to_nearest(weight, LinearSpec(4, group=40))
+    with pytest.raises(UserError, match="group size 40 does not divide the 192 weights of a 4 x 48 matrix"):
+        solve(weight, torch.eye(48), LinearSpec(4, group=40), damp=0.01, act_order=False)
     with pytest.raises(UserError, match="axis 1"):
         solve(weight, torch.eye(48), LinearSpec(4, axis=0), damp=0.01, act_order=False)
 

@@ -18,7 +18,9 @@ from methods.registry import method_class, method_classes, parse_method
 from methods.rtn import RTN
 from tests import families
 
-BUILT_IN = {"float", "rtn", "gptq", "quarot"}
+BUILT_IN = {"float", "rtn", "gptq", "hqq", "quarot", "kurtail", "spinquant", "quad", "fptquant", "static"} | {
+    *("osp", "ffn_hadamard", "sensiboost", "kurtboost"),
+}
 
 
 def complaint(text: str) -> str:
@@ -53,7 +55,7 @@ def test_options_are_read_as_their_types() -> None:
     [
         (
             "quarto",
-            ["unknown method 'quarto'", "did you mean 'quarot'?", "known: ", "float, gptq, ", "quarot, rtn"],
+            ["unknown method 'quarto'", "did you mean 'quarot'?", "known: ", "gptq, hqq, ", "quarot, rtn"],
         ),
         ("GPTQ ", ["unknown method 'GPTQ'", "gptq"]),
         ("zzz", ["unknown method 'zzz'", "known: "]),

@@ -191,8 +191,8 @@ def test_refusals() -> None:
     }
     with pytest.raises(UserError, match="keep the same columns"):
         round_weights(model, uneven, "gptq", Context(), calibration=calibration())
-    with pytest.raises(UserError, match="group size 48 does not divide the 80"):
-        round_weights(model, everywhere(model, LinearSpec(4, group=48)), "rtn", Context())
+    with pytest.raises(UserError, match="group size 56 does not divide the 7680 weights of a 96 x 80 matrix"):
+        round_weights(model, everywhere(model, LinearSpec(4, group=56)), "rtn", Context())
     with pytest.raises(UserError, match="unknown linears"):
         round_weights(model, {"layers.0.mlp.dwon_proj": FOUR}, "rtn", Context())
 

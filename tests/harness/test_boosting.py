@@ -1,0 +1,197 @@
+"""The report's section on boosting, and the command that measures layers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from harness import layers
+from harness.boosting import published_section
+from harness.config import GridConfig, cells_of
+from harness.layers import correlations, published, read_csv
+from harness.records import Cell, Row, unranked
+from tests import families
+from tests.harness import runs
+from tests.methods.small_checkpoint import save
+
+TYPES = tuple(f"self_attn.{name}_proj" for name in "qkvo") + tuple(
+    f"mlp.{name}_proj" for name in ("gate", "up", "down")
+)
+KURTOSIS = {name: [3.0 + 0.1 * i for i in range(30)] for name in TYPES}
+
+
+def boosted(options: dict[str, Any], linears: list[str], computed: float, measured: float) -> dict[str, Any]:
+    """Changes to a made-up cell's record: as a kurtboost cell in int4 execution would have them."""
+    return {
+        "execution": "int4",
+        "diagnostics": {
+            "weights": [
+                {"bits": 4, "group": 128, "axis": 1, "count": 210 - len(linears), "linears": None},
+                {"bits": 8, "group": 128, "axis": 1, "count": len(linears), "linears": linears},
+            ][: 2 if linears else 1],
+            "learned": {"kurtboost": {"kurtosis": KURTOSIS}} if "choice" in options else {},
+        },
+        "measured": {
+            "seconds": {},
+            "memory": {
+                "linears": {"computed": computed, "measured": measured, "float16": 400.0},
+                "rest": {"computed": 1.0, "measured": 1.0},
+                "kv_token": {"computed": 1.0, "measured": 1.0, "float16": 1.0},
+            },
+        },
+    }
+
+
+def add(run: Path, row: str, name: str, harm: float, changes: dict[str, Any], **options: Any) -> None:
+    """A cell of `harm` nats more a token than float at 4 bits."""
+    runs.HARM[row.split(" ")[0]] = harm / runs.LOSS["w4a16"]
+    method = {
+        "row": row,
+        "spec": row,
+        "name": name,
+        "rounding": "hqq",
+        "preset": "quick",
+        "options": {
+            name: {"preset": "quick", "rounding": "hqq", "group_axis": None, "meta": None, **options}
+        },
+    }
+    runs.write_cell(run, row, "w4a16", method=method, **changes)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(runs, "HARM", dict(runs.HARM))
+    runs.write_cell(tmp_path, "float", "w16a16")
+    add(tmp_path, "hqq", "hqq", 0.5, boosted({}, [], 100.0, 120.0))
+    chosen = ["layers.3.mlp.down_proj", "layers.4.mlp.down_proj"]
+    add(
+        tmp_path,
+        "kurtboost",
+        "kurtboost",
+        0.3,
+        boosted({"choice": 1}, chosen, 102.0, 123.0),
+        choice="outliers",
+    )
+    for seed in range(5):
+        others = [f"layers.{5 + seed}.mlp.down_proj", "layers.20.mlp.down_proj"]
+        changes = boosted({"choice": 1}, others, 102.0, 123.0) | {"seed": seed}
+        add(tmp_path, "kurtboost:choice=random", "kurtboost", 0.48, changes, choice="random")
+    return tmp_path
+
+
+def test_section(run: Path) -> None:
+    text = runs.text_of(run)
+    section = text[text.index("### More bits where they matter") :]
+    line = next(line for line in section.splitlines() if "| kurtboost" in line)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[2:5] == ["2 of 210", "+2.00 %", "+2.50 %"]
+    assert cells[6] == "5"
+    assert float(cells[5].split()[0]) == pytest.approx(-0.2, abs=0.05)
+    assert float(cells[8].split()[0]) == pytest.approx(-0.18, abs=0.05)
+    assert "Does choosing beat drawing at random? Yes." in section
+    assert "%, for +2.00 % of the linears' memory by formula" in section
+    assert (run / "figures" / "smollm2-135m-instruct-depth.svg").is_file()
+    assert "Meta-Llama-3-8B (theirs)" in section and "Theirs, not measured here" in section
+    assert "† Weight-only" in section
+    assert runs.text_of(run) == text
+
+
+def test_nothing_boosted_and_no_base_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "HARM", dict(runs.HARM))
+    runs.write_cell(tmp_path, "float", "w16a16")
+    add(tmp_path, "kurtboost", "kurtboost", 0.5, boosted({"choice": 1}, [], 100.0, 120.0), choice="outliers")
+    text = runs.text_of(tmp_path)
+    assert "Without a base" in text and "nothing was boosted: w4a16 kurtboost" in text
+
+
+def test_a_run_without_boosting_has_no_section(tmp_path: Path) -> None:
+    runs.write_cell(tmp_path, "float", "w16a16")
+    runs.write_cell(tmp_path, "rtn", "w4a16")
+    assert "More bits where they matter" not in runs.text_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weights", "flag"),
+    [
+        ([(4, 128, 1)], ""),
+        ([(4, 128, 1), (4, 32, 1)], "‡"),
+        ([(4, 64, 0)], ""),
+        ([(4, 64, 1)], "‡"),
+        ([(16, 64, 1), (4, None, 1)], ""),
+    ],
+)
+def test_small_groups_of_any_linear_flag_a_row(weights: list[tuple[int, int | None, int]], flag: str) -> None:
+    """On a checkpoint that lies on a lattice; groups across outputs do not meet it."""
+    record = {
+        "bits": "w4a16g64",
+        "method": {"options": {}},
+        "diagnostics": {
+            "weights": [dict(zip(("bits", "group", "axis"), some, strict=True)) for some in weights]
+        },
+    }
+    assert unranked({"pre_quantised": {"group": 32}}, Row("x", (Cell(record),))) == flag
+
+
+def test_seeds_of_an_entry() -> None:
+    methods = ["hqq", {"method": "kurtboost:choice=random", "seeds": 5}, "kurtboost", "sensiboost"]
+    grid = GridConfig.model_validate({"methods": methods, "bits": ["w3a16g64"], "tasks": ["boolq_local"]})
+    counts: dict[str, int] = {}
+    for cell in cells_of(grid):
+        counts[cell.method] = counts.get(cell.method, 0) + 1
+    assert counts == {"hqq": 1, "kurtboost:choice=random": 5, "kurtboost": 1, "sensiboost": 1}
+
+
+def test_published_data_are_the_authors(golden: Path) -> None:
+    found = published()
+    assert [values.name for values in found] == ["Llama-2-13b-hf", "Llama-2-7b-hf", "Meta-Llama-3-8B"]
+    for values in found:
+        assert values.theirs
+        assert values == read_csv(golden / "boost" / f"{values.name}.csv", theirs=True)
+
+
+def test_published_numbers_agree_with_themselves() -> None:
+    """Where a perplexity and a gain are both stated, one follows from the other."""
+    text = "\n".join(published_section())
+    assert "-9.40 (+0.85)" in text and "9.3077" in text and "+0.18" in text
+    assert text.count("(theirs)") == 14
+
+
+def test_correlation_within_a_family_of_the_published() -> None:
+    lines = correlations(published()).splitlines()[2:]
+    assert len(lines) == 3
+    family = next(line for line in lines if "Llama-2-13b-hf" in line and "Llama-2-7b-hf" in line)
+    assert float(family.split("|")[2].split()[0]) > 0.8
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "model", "llama-biases", num_hidden_layers=4)
+    text = tmp_path / "text.txt"
+    words = np.random.default_rng(0).integers(0, families.VOCABULARY, 3000)
+    text.write_text("\n\n".join(" ".join(f"w{i}" for i in words[k : k + 100]) for k in range(0, 3000, 100)))
+    arguments = [
+        "--out",
+        str(tmp_path / "out"),
+        "--calibration",
+        str(text),
+        "--samples",
+        "2",
+        "--length",
+        "32",
+    ]
+    assert layers.main([str(tmp_path / "model"), *arguments]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "report.md")
+    values = read_csv(tmp_path / "out" / "model.csv")
+    assert set(values.sensitivity) == set(TYPES) and all(len(v) == 4 for v in values.kurtosis.values())
+    assert values.sensitivity["self_attn.q_proj"] == values.sensitivity["self_attn.k_proj"]
+    assert all(np.isfinite(v).all() and min(v) > 0 for v in values.sensitivity.values())
+    record = json.loads((tmp_path / "out" / "layers.json").read_text())
+    facts = next(iter(record["models"].values()))
+    assert facts["calibration"]["samples"] == 2 and facts["seconds"]["sensitivity"] > 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "model, Llama-2-13b-hf (theirs)" in report and (tmp_path / "out" / "model.svg").is_file()
+    assert layers.main([str(tmp_path / "nothing"), *arguments]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
