@@ -7,8 +7,9 @@ from typing import Any
 
 from harness import inference
 from harness.evidence import over, paired_rows
+from harness.markdown import plain, table
 from harness.records import Column, Model, Row
-from harness.tables import plain, signed, table
+from harness.tables import signed
 
 ABLATION = """\
 Rows of one method that differ in its options, each minus the row with the fewest options changed (the \
@@ -17,8 +18,6 @@ change makes the method worse."""
 ONLINE = """\
 Transforms that run for every token, per row; all others are merged into the weights and cost nothing. \
 `python -m harness.speed --methods ...` measures what they take."""
-_CARRIERS = {"shipped"}
-"""Options that say where something comes from and not what it is."""
 
 
 def ablation_section(model: Model) -> list[str]:
@@ -67,12 +66,7 @@ def changed_options(row: Row) -> dict[str, Any]:
     """The options of a row, by part and name, that differ from their defaults in the rows beside it: all that
     the label does not take for granted."""
     label = row.label
-    return {
-        text: None
-        for part in label.split("+")
-        for text in _options(part)
-        if text.partition("=")[0] not in _CARRIERS
-    }
+    return {text: None for part in label.split("+") for text in _options(part)}
 
 
 def _options(part: str) -> list[str]:

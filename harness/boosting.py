@@ -16,9 +16,10 @@ from typing import Any
 from harness import inference, plots
 from harness.evidence import over, paired_rows
 from harness.layers import CORRELATIONS, PUBLISHED, LayerValues, correlations, merged, published
+from harness.markdown import plain, table
 from harness.records import Cell, Model, Row
 from harness.stats import Estimate
-from harness.tables import flag_note, p_text, plain, signed, table
+from harness.tables import flag_note, p_text, signed
 from methods.sensitivity import Layers, of_matrices
 
 BOOSTS = ("sensiboost", "kurtboost")

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from harness import plots, store
-from harness.tables import table
+from harness.markdown import table
 from methods.calibration import load_corpus, token_windows
 from methods.checkpoint import DEFAULT_MODEL, open_checkpoint
 from methods.device import parse_device

@@ -24,18 +24,16 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from methods import shipped
 from methods.bits import Bits, QuantiserSettings
 from methods.decoder import Decoder
 from methods.descent import Schedule, Snapshots, descend
+from methods.device import device_name, placed
 from methods.errors import UserError
 from methods.function_preserving import Switches, apply, condition_numbers, initial
 from methods.method import Artifact, Context, Method, Plan, default_plan
@@ -68,8 +66,7 @@ class FPTQuant(Method):
     range per tensor, else the grid's dynamic quantisers. local_steps, steps: of both stages (None: the
     preset's, 0: without); batch, window: sequences and their tokens in a step of the second. local_rate,
     rate, range_rate: largest steps of Adam. learn_bits: what the network is quantised to while it learns.
-    range_norm: p of the ranges. condition: the largest condition number of a value transform. shipped: take
-    what was learned with these options on the default model from this program's files.
+    range_norm: p of the ranges. condition: the largest condition number of a value transform.
     """
 
     name: ClassVar[str] = "fptquant"
@@ -97,7 +94,6 @@ class FPTQuant(Method):
     range_rate: float = 0.02
     range_norm: float = 2.0
     condition: float = 10.0
-    shipped: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,31 +131,30 @@ class FPTQuant(Method):
     # Learning
 
     def learn(self, model: Decoder, calibration: Tensor | None, ctx: Context) -> Artifact:
-        if self.shipped:
-            return shipped.load(self.name, self.learning_options(), model)
         assert calibration is not None
         dtype = torch.promote_types(model.dtype, torch.float32)
         parameters = initial(model.config, self.switches, ctx.seed)
         parameters = {name: tensor.to(ctx.device, dtype) for name, tensor in parameters.items()}
-        meta: dict[str, Any] = {"seconds": {}}
+        meta: dict[str, Any] = {}
+        begun = time.perf_counter()
         about = None if ctx.cache is None else self._about(model, calibration, ctx)
         snapshots: list[Snapshots] = []
-        with _placed(model, ctx.device):
+        with placed(model, ctx.device):
             student = self._student(model)
             for stage, run in (("local", self._local), ("end to end", self._end_to_end)):
-                started = time.perf_counter()
                 kept = None
                 if about is not None and ctx.cache is not None:
                     path = ctx.cache / f"fptquant-{_digest(about)[:24]}-{stage.replace(' ', '-')}.safetensors"
                     kept = Snapshots(path, {**about, "stage": stage})
                     snapshots.append(kept)
                 parameters, meta[stage] = run(student, parameters, calibration, ctx, kept)
-                meta["seconds"][stage] = time.perf_counter() - started
         for kept in snapshots:
             kept.remove()
+        measured = {"device": device_name(ctx.device), "learn_seconds": time.perf_counter() - begun}
         condition = condition_numbers(parameters, self.condition)
         meta["condition"] = float(condition.amax()) if condition.numel() else None
-        return Artifact({name: tensor.to("cpu", torch.float32) for name, tensor in parameters.items()}, meta)
+        tensors = {name: tensor.to("cpu", torch.float32) for name, tensor in parameters.items()}
+        return Artifact(tensors, {**meta, "measured": measured})
 
     def _student(self, model: Decoder) -> Student:
         bits = self.learned_at
@@ -317,8 +312,6 @@ class FPTQuant(Method):
             found.append(
                 "query and key are normalised per head: the pre-RoPE transform scales and cannot rotate"
             )
-        if self.shipped:
-            found.append("transforms and ranges as shipped: learned once with seed 0, whatever the seed")
         return found
 
 
@@ -350,14 +343,3 @@ def _shuffled(rows: int, count: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     rounds = [torch.randperm(rows, generator=generator) for _ in range(-(-count // rows))]
     return torch.cat(rounds)[:count]
-
-
-@contextmanager
-def _placed(model: Decoder, device: torch.device) -> Iterator[None]:
-    """The model on `device`; at its end it is where it was."""
-    home = model.device
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(home)

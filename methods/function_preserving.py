@@ -34,6 +34,7 @@ from torch import Tensor
 
 from methods.decoder import Block, Decoder, DecoderConfig
 from methods.linear import OnlineHadamard
+from methods.orthogonal import cayley
 from methods.transforms import Edit, Rotations, hadamard_rows, rotate
 
 Parameters = Mapping[str, Tensor]
@@ -105,8 +106,7 @@ def orthogonal(skew: Tensor, size: int) -> Tensor:
     upper = skew.new_zeros(*skew.shape[:-1], size * size).index_copy(-1, rows * size + columns, skew)
     a = upper.unflatten(-1, (size, size))
     a = a - a.mT
-    eye = torch.eye(size, dtype=skew.dtype, device=skew.device)
-    return torch.linalg.solve(eye - a, eye + a)
+    return cayley(torch.eye(size, dtype=skew.dtype, device=skew.device), 2 * a)
 
 
 def residual_matrix(parameters: Parameters) -> Tensor | None:
@@ -208,7 +208,8 @@ def apply(model: Decoder, parameters: Parameters, switches: Switches, condition:
             attention = block.self_attn
             for norm, gain in zip((attention.q_norm, attention.k_norm), gains, strict=True):
                 assert norm is not None
-                norm.weight = torch.nn.Parameter(gain.to(attention.o_proj.weight), requires_grad=False)
+                own = gain[:, 0].to(attention.o_proj.weight)  # the decoder's heads stand beside channels
+                norm.weight = torch.nn.Parameter(own, requires_grad=False)
 
     model.residual_scaling = switches.tokens
     rotations = Rotations(

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class RMSNorm(nn.Module):
     """x / sqrt(sum(x²)/divisor + eps) * weight.
 
-    weight: [width], [1] (single-scale, OSP), or None once folded into the linears behind it. Half
-    precision is normalised in float32; float64 stays float64.
+    weight: [width], [1] (single-scale, OSP), [heads, width] (of query and key, FPTQuant), or None once folded
+    into the linears behind it. Half precision is normalised in float32; float64 stays float64.
     """
 
     def __init__(

@@ -20,15 +20,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kernels.kv_reference import rotate
 from kernels.reference import fake_quantise
-from methods import rope
 from methods.bits import ActivationSpec, KVSpec
 from methods.decoder import Attention, Block, Decoder, RMSNorm, State, attention_mask
 from methods.function_preserving import (
@@ -39,6 +38,7 @@ from methods.function_preserving import (
     layer_change,
     residual_matrix,
 )
+from methods.gradients import straight_through
 from methods.quantisers import find_range
 from methods.transforms import READERS, WRITERS, Edit, merge_online
 
@@ -54,36 +54,21 @@ SITES = {
 """Everything that is quantised in a layer, and the stems of the ranges that it sets. The column of each in
 `range.low` and `range.high` [layers, 6], the logarithms of -low and high, is its place here."""
 _PLACE = {site: place for place, site in enumerate(SITES)}
+RANGES = ("range.low", "range.high")
 _SMALLEST = 1e-9
 Merge = Callable[[Block, int, Tensor | None], tuple[Edit, tuple[Tensor, Tensor] | None]]
 
 
-class _Round(torch.autograd.Function):
-    @staticmethod
-    def forward(_: Any, x: Tensor) -> Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(_: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(_: Any, x: Tensor, quantise: Callable[[Tensor], Tensor]) -> Tensor:
-        return quantise(x)
-
-    @staticmethod
-    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+def _round(x: Tensor) -> Tensor:
+    return straight_through(x, torch.round)
 
 
 def quantise_between(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     """x̂ of the equations above; low < 0 < high broadcast against x."""
     top = 2**bits - 1
     scale = (high - low) / top
-    zero = _Round.apply(-low / scale)
-    return ((_Round.apply(x / scale) + zero).clamp(0, top) - zero) * scale
+    zero = _round(-low / scale)
+    return ((_round(x / scale) + zero).clamp(0, top) - zero) * scale
 
 
 @dataclass(frozen=True)
@@ -134,7 +119,7 @@ class Student:
         top = 2 ** (self.weight_bits - 1)
         scale = weight.detach().abs().amax(1, keepdim=True).clamp(min=1e-8) / (top - 1)
         scale = scale * self.shares[layer, name]
-        return _Round.apply(weight / scale).clamp(-top, top - 1) * scale
+        return _round(weight / scale).clamp(-top, top - 1) * scale
 
     def states(self, ids: Tensor, parameters: Parameters) -> Tensor:
         """The stream [B, T, hidden] behind the last block, in the model's own basis, for ids [B, T]."""
@@ -194,7 +179,7 @@ class Student:
             for name in READERS[:3]
         )
         query, key = _normalised(attention, query, key, gains)
-        query, key = rope.rotate(query, *angles), rope.rotate(key, *angles)
+        query, key = rotate(query, *angles), rotate(key, *angles)
         out = F.scaled_dot_product_attention(
             query,
             quantised("key", key),
@@ -218,7 +203,7 @@ class Student:
             low, high = ends(parameters, layer, site)
             return quantise_between(x, low.to(x.dtype), high.to(x.dtype), spec.bits)
         group = spec.group if isinstance(spec, ActivationSpec) else None
-        return _StraightThrough.apply(
+        return straight_through(
             x,
             lambda x: fake_quantise(x, spec.bits, symmetric=spec.symmetric, clip=spec.clip, group=group),
         )
@@ -270,9 +255,7 @@ def ends(parameters: Parameters, layer: int, site: str) -> tuple[Tensor, Tensor]
 
 def range_parameters(ranges: Mapping[str, Tensor], layers: int, bits: Mapping[str, int]) -> dict[str, Tensor]:
     """`range.low` and `range.high` of ranges that are named as in `Method.ranges`; bits: of each site."""
-    found = {
-        name: torch.zeros(layers, len(SITES), dtype=torch.float64) for name in ("range.low", "range.high")
-    }
+    found = {name: torch.zeros(layers, len(SITES), dtype=torch.float64) for name in RANGES}
     for layer in range(layers):
         for site, width in bits.items():
             stem = f"layers.{layer}.{SITES[site][0]}"
@@ -286,9 +269,11 @@ def learned_ranges(parameters: Parameters, bits: Mapping[str, int]) -> dict[str,
     """The opposite: scale and zero-point of each site in `bits` for every layer, float32 scalars; linears of
     one input have the very same tensors."""
     found = {}
+    # What ships is in half precision: its logarithms are taken as they are, their ends are not rounded again.
+    parameters = {name: parameters[name].detach().to("cpu", torch.float32) for name in RANGES}
     for layer in range(parameters["range.low"].shape[0]):
         for site, width in bits.items():
-            low, high = (end.detach().to("cpu", torch.float32) for end in ends(parameters, layer, site))
+            low, high = ends(parameters, layer, site)
             scale = (high - low) / (2**width - 1)
             zero = (-low / scale).round()
             for stem in SITES[site]:

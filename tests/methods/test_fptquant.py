@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,10 +10,10 @@ import pytest
 import torch
 
 from kernels import ops
-from methods import fptquant, shipped
+from methods import fptquant
 from methods.bits import Bits
 from methods.checkpoint import Checkpoint, from_transformers
-from methods.decoder import Block, Decoder
+from methods.decoder import Block
 from methods.errors import UserError
 from methods.fptquant import FPTQuant
 from methods.generate import generate
@@ -23,6 +22,7 @@ from methods.online import OnlinePart, online_parts
 from methods.packed_checkpoint import load_packed, write_packed
 from methods.pipeline import quantise
 from methods.registry import parse_method
+from methods.student import SITES, learned_ranges
 from tests import families
 from tests.families import reference_logits, relative
 from tests.methods.small_checkpoint import CALIBRATION, run, save
@@ -259,48 +259,15 @@ def test_packed_and_back(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> 
 # What is shipped
 
 
-def shipped_file(folder: Path, method: FPTQuant, model: Decoder, artifact: Artifact) -> str:
-    return shipped.write(folder / "fptquant.safetensors", artifact, method.learning_options(), model)
-
-
-def test_shipped_artifacts(tmp_path: Path) -> None:
-    model = from_transformers(families.model("llama-biases", torch.float32))
-    method = learner()
-    artifact = method.learn(model, CALIBRATION, Context())
-    pinned = {"fptquant": shipped_file(tmp_path, method, model, artifact)}
-    options = method.learning_options()
-    with mock.patch.dict(shipped.SHA256, pinned):
-        found = shipped.load("fptquant", options, model, tmp_path)
-        assert found.tensors.keys() == artifact.tensors.keys()
-        assert found.meta == json.loads(json.dumps(artifact.meta))
-        for name, tensor in artifact.tensors.items():
-            torch.testing.assert_close(found.tensors[name], tensor, rtol=1e-3, atol=1e-3)
-        assert torch.equal(
-            shipped.load("fptquant", options, model.bfloat16(), tmp_path).tensors["residual.signs"],
-            found.tensors["residual.signs"],
-        )
-        with pytest.raises(UserError, match=r"other options \(rate\)"):
-            shipped.load("fptquant", learner(rate=0.5).learning_options(), model, tmp_path)
-        other = from_transformers(families.model("mistral-window", torch.float32))
-        with pytest.raises(UserError, match="belongs to another model"):
-            shipped.load("fptquant", options, other, tmp_path)
-        path = tmp_path / "fptquant.safetensors"
-        path.write_bytes(path.read_bytes()[:-1] + b"x")
-        with pytest.raises(UserError, match="damaged"):
-            shipped.load("fptquant", options, model, tmp_path)
-        path.unlink()
-        with pytest.raises(UserError, match="nothing is shipped"):
-            shipped.load("fptquant", options, model, tmp_path)
-
-
-def test_what_is_shipped_is_whole_and_of_the_quick_preset() -> None:
-    """The file in the package: its digest, and that the default options find it."""
-    assert shipped.SHA256.keys() == {path.stem for path in shipped.FOLDER.glob("*.safetensors")}
-    for name, digest in shipped.SHA256.items():
-        path = shipped.FOLDER / f"{name}.safetensors"
-        assert shipped.sha256(path) == digest
-        assert path.stat().st_size < 2_000_000
-        assert shipped.options(path) == json.loads(json.dumps(FPTQuant().learning_options()))
+def test_ranges_in_half_precision_are_those_of_their_logarithms() -> None:
+    tensors = learned(learner()).tensors
+    half = {name: tensor.to(torch.float16) for name, tensor in tensors.items()}
+    whole = {name: tensor.to(torch.float32) for name, tensor in half.items()}
+    widths = dict.fromkeys(SITES, 4)
+    found, expected = learned_ranges(half, widths), learned_ranges(whole, widths)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
 
 
 # Options

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from methods import function_preserving, rope
+from kernels.kv_reference import rotate
+from methods import function_preserving
 from methods.checkpoint import from_transformers
 from methods.decoder import Block, Decoder
 from methods.function_preserving import (
@@ -215,7 +216,7 @@ def test_pairs_are_turned_as_rope_turns_them() -> None:
     rows = torch.randn(2 * 8, 5, generator=generator, dtype=torch.float64)
     angle = torch.randn(2, 4, generator=generator, dtype=torch.float64)
     x = rows.unflatten(0, (2, 8)).mT[None]  # [1, heads, T, D]
-    want = 3 * rope.rotate(x, angle.cos()[None, :, None], angle.sin()[None, :, None])
+    want = 3 * rotate(x, angle.cos()[None, :, None], angle.sin()[None, :, None])
     got = turn_pairs(rows, angle, torch.full_like(angle, math.log(3)))
     torch.testing.assert_close(got.unflatten(0, (2, 8)).mT[None], want)
 
