@@ -27,7 +27,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from kernels import integer, kv_reference, pass_reference, reference
+from kernels import integer, kv_reference, pass_reference, reference, weight_reference
 from kernels.kv_reference import PackedRows, Rows
 from kernels.pass_reference import Normalised, Normed
 from kernels.reference import PackedWeight, Quantised, Quantiser
@@ -53,6 +53,8 @@ _FILES = {
     "hadamard_quantise": "hadamard_quantise",
     "rope_append": "kv_append",
     "kv_attention": "kv_attention",
+    "find_range": "find_range",
+    "gptq_block": "gptq_block",
 }
 
 Calls = dict[str, Counter[str]]
@@ -267,6 +269,22 @@ def kv_attention(
     operands, width = (query, keys, values, length), f" kv{_kv_bits(keys)}"
     out: Tensor = _run(kv_reference, "kv_attention", width, *operands, mask=mask)
     return out
+
+
+def find_range(rows: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[Tensor, Tensor | None]:
+    """`weight_reference.find_range`."""
+    operands = (rows, bits, symmetric, search)
+    found: tuple[Tensor, Tensor | None] = _run(weight_reference, "find_range", f" w{bits}", *operands)
+    return found
+
+
+def gptq_block(
+    weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor | None, bits: int
+) -> tuple[Tensor, Tensor]:
+    """`weight_reference.gptq_block`."""
+    operands = (weight, factor, scale, zero, bits)
+    found: tuple[Tensor, Tensor] = _run(weight_reference, "gptq_block", f" w{bits}", *operands)
+    return found
 
 
 def _kv_bits(rows: Rows) -> int:
