@@ -1,10 +1,10 @@
 """The operations that methods call, each run by the implementation that fits and counted by its name.
 
-Signatures and results are those of `reference`, `pass_reference` and `kv_reference`, which run wherever no
-kernel does. On a CUDA GPU of compute capability 9, where triton is installed, an operation runs as a Triton
-kernel (kernels/triton) unless that refuses the operands. The account tells the two apart: "triton", and
-"reference (why no kernel ran)". What neither can run raises. Names carry the widths: "linear w4a16",
-"kv_attention kv4".
+Signatures and results are those of `reference`, `pass_reference`, `kv_reference` and `weight_reference`,
+which run wherever no kernel does. On a CUDA GPU of compute capability 9, where triton is installed, an
+operation runs as a Triton kernel (kernels/triton) unless that refuses the operands. The account tells the two
+apart: "triton", and "reference (why no kernel ran)". What neither can run raises. Names carry the widths:
+"linear w4a16", "kv_attention kv4".
 
 Which implementation runs does not change what `quantise` returns without a gate, nor the integer products of
 linears, nor, without kept channels, a linear of quantised inputs: they are the same to the last bit. What it
@@ -12,6 +12,8 @@ may change are the last bits of floating-point sums: of a linear with floating-p
 of a root mean square and of a Hadamard transform; and, where a gate is applied, the last bit of few of its
 products. With these go the scales and some of the codes, by one, that are then rounded from them. Kernels are
 chosen by the number of rows too, so there a row's last bits may depend on how many rows stand beside it.
+A weight's range is found among the same ones, but of two that are worth the same it may be the other; the
+columns of a GPTQ block may differ in their last bits before they are rounded.
 """
 
 import importlib
