@@ -70,6 +70,10 @@ def cases() -> Iterator[Case]:
         yield Case("kv_attention", operands, partial(_kv_attention, **keywords))
     for bits in (4, 8):
         yield Case("kv_append", f"{bits} bits", partial(_kv_append, bits))
+    for operands, keywords in {**_WEIGHTS, "rows of 65536": {"n": 65536}}.items():
+        yield Case("find_range", operands, partial(_find_range, **keywords))
+    for operands, keywords in {**_WEIGHTS, "a block of 512 columns": {"n": 512}}.items():
+        yield Case("gptq_block", operands, partial(_gptq_block, **keywords))
 
 
 def on_cpu(case: Case) -> Answer:
@@ -399,6 +403,22 @@ def _kv_rows(
     scale = torch.ones(1) if static else None
     wide, device = torch.promote_types(dtype, _F32), torch.empty(0).device
     return kv_rows(1, 2, 512, width, bits, symmetric=symmetric, scale=scale, dtype=wide, device=device)
+
+
+_WEIGHTS: dict[str, dict[str, Any]] = {
+    "float32, 4 bits": {},
+    "with zero-points, 8 bits": {"bits": 8, "symmetric": False},
+    "float64": {"dtype": _F64},
+}
+
+
+def _find_range(n: int = 128, bits: int = 4, symmetric: bool = True, dtype: torch.dtype = _F32) -> Arguments:
+    return (_floats(8, n, dtype=dtype), bits, symmetric, True), {}
+
+
+def _gptq_block(n: int = 128, bits: int = 4, symmetric: bool = True, dtype: torch.dtype = _F32) -> Arguments:
+    weight = _floats(8, n, dtype=dtype)
+    return (weight, _floats(n, n, dtype=dtype), weight, None if symmetric else weight, bits), {}
 
 
 def _halves(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

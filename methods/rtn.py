@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kernels import ops
+from kernels.weight_reference import code_dtype, to_codes
 from methods.bits import LinearSpec
 from methods.errors import UserError
 from methods.linear import QuantisedWeight
 from methods.method import Method
-from methods.quantisers import find_range, pack_dtype, to_codes
 
 
 def round_to_nearest(weight: Tensor, spec: LinearSpec) -> QuantisedWeight:
@@ -24,8 +25,8 @@ def round_to_nearest(weight: Tensor, spec: LinearSpec) -> QuantisedWeight:
     if width % group:
         raise UserError(f"group size {group} does not divide the {width} channels it runs along")
     groups = along.reshape(-1, group)
-    scale, zero = find_range(groups, spec.bits, spec.symmetric, spec.search)
-    codes = to_codes(groups, scale, zero, spec.bits).to(pack_dtype(spec.symmetric)).reshape(rows, width)
+    scale, zero = ops.find_range(groups, spec.bits, spec.symmetric, spec.search)
+    codes = to_codes(groups, scale, zero, spec.bits).to(code_dtype(spec.symmetric)).reshape(rows, width)
     scale = scale.reshape(rows, -1)
     zero = None if zero is None else zero.reshape(rows, -1)
     if spec.axis == 0:

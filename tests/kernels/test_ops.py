@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import integer, kv_reference, ops, pass_reference, reference
+from kernels import integer, kv_reference, ops, pass_reference, reference, weight_reference
 from kernels.kv_reference import kv_rows
 from kernels.packing import packed_width
 from kernels.reference import PackedWeight, Quantised, pack_weight
@@ -44,9 +44,15 @@ def test_results_are_the_references_and_are_counted() -> None:
     ops.kv_append(rows, x[None, None], 0, clip=0.95)
     out = ops.kv_attention(x[None, None], rows, rows, 3)
     assert torch.equal(out, kv_reference.kv_attention(x[None, None], rows, rows, 3))
+    weight_range = ops.find_range(x, 4, True, True)
+    assert torch.equal(weight_range[0], weight_reference.find_range(x, 4, True, True)[0])
+    block = (x, torch.eye(16), torch.ones(3, 16), None, 3)
+    assert torch.equal(ops.gptq_block(*block)[1], weight_reference.gptq_block(*block)[1])
     way = integer.route(16, 4, 4, torch.device("cpu"))
     assert ops.implementations() == {
+        "find_range w4": {"reference": 1},
         "gated": {"reference": 1},
+        "gptq_block w3": {"reference": 1},
         "hadamard": {"reference": 1},
         "hadamard_quantise a3": {"reference": 1},
         "kv_append kv2": {"reference": 1},
@@ -169,8 +175,12 @@ def test_on_a_gpu_the_kernel_that_is_meant_runs_and_is_counted() -> None:
     assert called(ops.hadamard(x, size=64))[:2] == ("hadamard_quantise", "hadamard")
     assert called(ops.rmsnorm(x, add=x, eps=1e-5))[:2] == ("rmsnorm_quantise", "rmsnorm")
     assert called(ops.gated(x, x))[:2] == ("gated", "gated")
+    assert called(ops.find_range(x, 4, True, True))[:2] == ("find_range", "find_range")
+    assert called(ops.gptq_block(x, x, x, None, 4))[:2] == ("gptq_block", "gptq_block")
     assert ops.implementations() == {
+        "find_range w4": {"triton": 1},
         "gated": {"triton": 1},
+        "gptq_block w4": {"triton": 1},
         "hadamard": {"triton": 1},
         "hadamard_quantise a4": {"triton": 1},
         "linear w4a16": {"triton": 3},

@@ -84,6 +84,11 @@ def test_answers_are_complete(answers: dict[str, tuple[Answer, Answer]]) -> None
         ("hadamard_quantise: size 14336 = 28 x 512", "triton (hadamard_quantise)"),
         ("hadamard: size 4096, bfloat16", "triton (hadamard_quantise)"),
         ("kv_attention: 4 bits, heads of 128", "triton (kv_attention)"),
+        ("find_range: with zero-points, 8 bits", "triton (find_range)"),
+        ("find_range: float64", "reference: torch.float64 weights"),
+        ("gptq_block: float32, 4 bits", "triton (gptq_block)"),
+        ("gptq_block: float64", "reference: torch.float64 weights"),
+        ("gptq_block: a block of 512 columns", "reference: a block [8, 512] (of 1 to 256 columns)"),
     ],
 )
 def test_what_is_promised_is_there(answers: dict[str, tuple[Answer, Answer]], case: str, answer: str) -> None:
