@@ -8,10 +8,11 @@ kernel (kernels/triton) unless that refuses the operands. The account tells the 
 
 Which implementation runs does not change what `quantise` returns without a gate, nor the integer products of
 linears, nor, without kept channels, a linear of quantised inputs: they are the same to the last bit. What it
-may change are the last bits of floating-point sums: of a linear with floating-point inputs or kept channels,
-of a root mean square and of a Hadamard transform; and, where a gate is applied, the last bit of few of its
-products. With these go the scales and some of the codes, by one, that are then rounded from them. Kernels are
-chosen by the number of rows too, so there a row's last bits may depend on how many rows stand beside it.
+may change are the last bits of floating-point sums: of a linear with floating-point inputs or weights or with
+kept channels, of a root mean square and of a Hadamard transform; and, where a gate is applied, the last bit
+of few of its products. With these go the scales and some of the codes, by one, that are then rounded from
+them. Kernels are chosen by the number of rows too, so there a row's last bits may depend on how many rows
+stand beside it.
 """
 
 import importlib
@@ -34,7 +35,8 @@ from kernels.reference import PackedWeight, Quantised, Quantiser
 from kernels.refusals import UnsupportedError
 
 FEW_ROWS = 16
-"""Rows of a linear's codes up to which reading the weight takes the time."""
+"""Rows of a linear's codes, and of floats beside a 16-bit weight, up to which reading the weight takes the
+time."""
 FEW_A16_ROWS = 64
 """Rows of a linear's floats up to which reading the 4-bit weight for every 16 of them takes less time than
 writing it in 16 bits."""
@@ -45,6 +47,7 @@ TRITON = ("3.6",)
 
 # The files of kernels/triton by operation, but for linears.
 _FILES = {
+    "dense": "linear_dense",
     "quantise": "quantise",
     "gated": "gated",
     "rmsnorm": "rmsnorm_quantise",
@@ -154,6 +157,16 @@ def linear(
         taken = " and ".join(sorted(integer.routes_taken - before))
         reason = "; ".join(part for part in (reason, taken) if part)
     _count(name, reason)
+    return y
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`reference.dense`: a kernel's up to FEW_ROWS rows, and the library's product for more."""
+    if x.numel() <= FEW_ROWS * x.shape[-1]:
+        found: Tensor = _run(reference, "dense", "", x, weight, bias)
+        return found
+    y, reason = reference.dense(x, weight, bias), _no_kernel_for(x)
+    _count("dense", f"more than {FEW_ROWS} rows" if reason is None else reason)
     return y
 
 
