@@ -44,7 +44,7 @@ from kernels.timing import (
 HERE = Path(__file__).resolve().parent
 LEAST_SECONDS = 0.001
 OPERATIONS = (
-    *("w4a8", "w4a16", "chain", "quantise", "rmsnorm", "hadamard"),
+    *("w4a8", "w4a16", "bf16", "chain", "quantise", "rmsnorm", "hadamard"),
     *("kv_attention", "rope_append", "kv_dequantise", *gpu_rounding.OPERATIONS),
 )
 BY = ("ours", "torch", "humming", "gemlite", "bitsandbytes", "mslk", "fast-hadamard-transform")

@@ -202,6 +202,11 @@ def dequantise_weight(w: PackedWeight, dtype: torch.dtype | None = None) -> Tens
     return weight
 
 
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x weightᵀ + bias, in x's dtype: x [..., K], weight [N, K], bias [N], none of them quantised."""
+    return F.linear(x, weight, bias)
+
+
 def linear(
     x: Tensor | Quantised,
     w: PackedWeight,

@@ -52,6 +52,8 @@ def cases() -> Iterator[Case]:
     """Every question, in the order of the table."""
     for operands, keywords in _LINEARS.items():
         yield Case("linear", operands, partial(_linear, **keywords))
+    for operands, keywords in _DENSE.items():
+        yield Case("dense", operands, partial(_dense, **keywords))
     for operands, keywords in {**_ROWS, **_GATED}.items():
         yield Case("quantise", operands, partial(_quantise, **keywords))
     for operands, keywords in _FLOATS.items():
@@ -167,6 +169,17 @@ _LINEARS: dict[str, dict[str, Any]] = {
     "w3a16, 1 row, groups of 128": {"bits": 16, "group": 128, "weight_bits": 3},
 }
 
+_DENSE: dict[str, dict[str, Any]] = {
+    "1 row of bfloat16": {},
+    f"{ops.FEW_ROWS} rows of bfloat16": {"rows": ops.FEW_ROWS},
+    f"{MANY} rows of bfloat16": {"rows": MANY},
+    "1 row of float16": {"x": _F16},
+    "1 row of float32": {"x": _F32},
+    "1 row, bias": {"bias": True},
+    "1 row, K = 14336": {"inputs": 14336},
+    "1 row, K = 100": {"inputs": 100},
+}
+
 _ROWS: dict[str, dict[str, Any]] = {
     "bfloat16 to 8 bits": {},
     "bfloat16 to 4 bits": {"bits": 4},
@@ -271,6 +284,11 @@ def _linear(
         bits,
     )
     return (q, w), keywords
+
+
+def _dense(*, rows: int = 1, inputs: int = 4096, x: torch.dtype = _BF16, bias: bool = False) -> Arguments:
+    operands = _floats(rows, inputs, dtype=x), _floats(OUTPUTS, inputs, dtype=x)
+    return operands, {"bias": _floats(OUTPUTS, dtype=x) if bias else None}
 
 
 def _quantiser(

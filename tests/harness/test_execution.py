@@ -248,7 +248,7 @@ def test_what_has_no_integer_product_is_said(simulated: Filled, packed: Filled) 
     assert note in report.write_report(packed.out).read_text()
     assert simulated.records[name]["method"]["notes"] == []
     for operations in packed.measured(name, "implementations").values():
-        assert set(operations) == {"rmsnorm", "rope_append kv4", "kv_attention kv4", "gated"}
+        assert set(operations) == {"dense", "rmsnorm", "rope_append kv4", "kv_attention kv4", "gated"}
     memory = packed.measured(name, "memory")
     assert memory["linears"]["measured"] == 4 * WEIGHTS
     assert memory["kv_token"] == packed.measured("rtn w4a4kv4", "memory")["kv_token"]

@@ -348,10 +348,10 @@ def other_butterflies(patch: pytest.MonkeyPatch) -> None:
 def linear_in_two_halves(patch: pytest.MonkeyPatch) -> None:
     halves = (
         "half = x.shape[-1] // 2\n"
-        "    y = F.linear(x[..., :half], self.weight[:, :half], self.bias)"
-        " + F.linear(x[..., half:], self.weight[:, half:])"
+        "    y = ops.dense(x[..., :half], self.weight[:, :half], self.bias)"
+        " + ops.dense(x[..., half:], self.weight[:, half:])"
     )
-    plant(patch, Linear, "apply_to", ("y = F.linear(x, self.weight, self.bias)", halves))
+    plant(patch, Linear, "apply_to", ("y = ops.dense(x, self.weight, self.bias)", halves))
 
 
 def norm_summed_backwards(patch: pytest.MonkeyPatch) -> None:
