@@ -77,10 +77,9 @@ class Decoding:
             self._places = torch.arange(capacity, device=device).repeat(batch, 1)
         self._padded, self._looked = False, False
         self._graphs: dict[bool, _Captured] = {}
-        self._pool: tuple[int, int] | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._pool = self._stream = None
         if self.eager is None:
-            self._stream = _capture_stream(device)
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), _capture_stream(device)
         self.reset()
 
     @property

@@ -26,6 +26,7 @@ from kernels.compiled import Compilation, divisible
 from kernels.kv_reference import PackedRows, Rows
 from kernels.triton import kv_dequantise
 from kernels.triton.kv_decode import QUERIES, attend, combine
+from kernels.triton.operands import unsupported_together
 from kernels.triton.quantise import check
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -108,8 +109,10 @@ def unsupported(
     query: Tensor, keys: Rows, values: Rows, length: int | Tensor, *, mask: Tensor | None = None
 ) -> str | None:
     """Why these operands cannot run here, in a phrase; None where they can."""
-    if torch.is_grad_enabled() and query.requires_grad:
-        return "inputs that need gradients"
+    tensors = kv_dequantise.tensors_of
+    reason = unsupported_together(query, *tensors(keys), *tensors(values))
+    if reason is not None:
+        return reason
     if query.dtype not in DTYPES:
         return f"{query.dtype} queries"
     if query.dim() != 4 or query.stride(-1) != 1:

@@ -4,6 +4,7 @@ makes of them, and what they compute when Triton interprets them (interpreted_kv
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,33 @@ def test_appending_that_cannot_run() -> None:
     reason = kv_dequantise.unsupported(rows(), 33, torch.bfloat16)
     assert reason == "33 of 32 positions"
     assert kv_dequantise.unsupported(rows(), 3, torch.float64) == "torch.float64 results"
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("place", ["codes", "scale", "zero", "poisoned"])
+def test_rows_on_another_device_and_gradients_are_refused(place: str) -> None:
+    held = rows(scale=torch.ones(1), zero=torch.ones(1)) if place == "poisoned" else rows()
+    query, angles = bf16(2, 4, 1, 64), bf16(1, 1, 1, 32)
+    new = bf16(2, 1, 8, 64).split((4, 2, 2), dim=2)
+
+    def reasons(other: Rows, same: Rows) -> set[str | None]:
+        found = [kv_attention.unsupported(query, *both, 8) for both in ((other, same), (same, other))]
+        found += [
+            kv_append.unsupported(*new, angles, angles, *both, 0) for both in ((other, same), (same, other))
+        ]
+        if isinstance(other, PackedRows):
+            found.append(kv_dequantise.unsupported(other, 8, torch.bfloat16))
+        return set(found)
+
+    assert reasons(held, held) == {None}
+    several, gradients = {"operands on several devices"}, {"inputs that need gradients"}
+    elsewhere = replace(held, **{place: getattr(held, place).to("meta")})
+    assert reasons(elsewhere, held) == several
+    if place == "scale":
+        assert reasons(replace(held, scale=held.scale.clone().requires_grad_()), held) == gradients
+        floats = bf16(2, 2, 32, 64)
+        assert reasons(floats.to("meta"), floats) == several
+        assert reasons(floats.clone().requires_grad_(), floats) == gradients
 
 
 def test_a_cpu_tensor_is_refused_by_name() -> None:
