@@ -32,8 +32,10 @@ from kernels.triton.quantise import check
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 HEAD_DIMS = (64, 128)
 MOST_SPLITS = 64
-# Programs of four warps, 32 positions each, that a multiprocessor holds, by bits and head dimension.
+# Programs of four warps, 32 positions each, that a multiprocessor's registers hold, by bits and head dimension;
+# float16 queries beside codes take more of them.
 PROGRAMS = {(4, 64): 4, (8, 64): 4, (4, 128): 3, (8, 128): 2}
+PROGRAMS_FLOAT16 = {**PROGRAMS, (4, 128): 2}
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def kv_attention(
     batch, heads, _, width = query.shape
     pairs, group = _pairs(keys), heads // _held(keys).shape[1]
     bits = keys.bits if isinstance(keys, PackedRows) else 16
-    choice = choice or default(bits, width)
+    choice = choice or default(bits, width, query.dtype)
     room = _held(keys).shape[2]
     given = length if isinstance(length, int) else room
     splits = splits_of(given, pairs, choice, _multiprocessors(query.device))
@@ -189,9 +191,10 @@ def _unsupported_rows(rows: Rows, query: Tensor) -> str | None:
     return None
 
 
-def default(bits: int, width: int) -> Choice:
-    """As many bytes on their way, and as many programs, as registers hold."""
-    return Choice(positions=16 if bits == 16 else 32, programs=PROGRAMS.get((bits, width), 2))
+def default(bits: int, width: int, dtype: torch.dtype) -> Choice:
+    """As many bytes on their way, and as many programs, as registers hold. dtype: of the queries."""
+    programs = PROGRAMS_FLOAT16 if dtype == torch.float16 else PROGRAMS
+    return Choice(positions=16 if bits == 16 else 32, programs=programs.get((bits, width), 2))
 
 
 def splits_of(length: int, pairs: int, choice: Choice, multiprocessors: int) -> int:
@@ -300,7 +303,7 @@ def _compilation(
         **dict.fromkeys((*strides, "splits", "mask_stride"), "i32"),
         "factor": "fp32",
     }
-    choice = default(bits, width)
+    choice = default(bits, width, dtype)
     row = width * bits // 32
     constants = {"KEY_ROW": row, "VALUE_ROW": row} | _constants(
         dtype, 8, 4, width, bits, symmetric, static, masked, True, choice.positions % 32 == 0, choice, True
