@@ -163,7 +163,7 @@ def splits(decoder: Decoder, batch: int, capacity: int) -> int:
     block = decoder.layers[0]
     assert isinstance(block, Block)
     spec, config = block.self_attn.kv, decoder.config
-    choice = kv_attention.default(16 if spec is None else spec.bits, config.head_dim)
+    choice = kv_attention.default(16 if spec is None else spec.bits, config.head_dim, decoder.dtype)
     processors = torch.cuda.get_device_properties(decoder.device).multi_processor_count
     return kv_attention.splits_of(capacity, batch * config.kv_heads, choice, processors)
 

@@ -1,7 +1,9 @@
 """The kernels of the KV cache without a GPU: what they refuse, how they split the context, what the compiler
 makes of them, and what they compute when Triton interprets them (interpreted_kv.py)."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +20,9 @@ from kernels import compiled  # noqa: E402
 from kernels.kv_reference import PackedRows, Rows, kv_rows  # noqa: E402
 from kernels.triton import kv_append, kv_attention, kv_dequantise  # noqa: E402
 from kernels.triton.kv_attention import Choice, splits_of  # noqa: E402
+
+
+RECORD = Path(__file__).resolve().parents[2] / "results" / "reference" / "kernels-sm90.json"
 
 
 @pytest.fixture
@@ -130,6 +135,23 @@ def test_a_cpu_tensor_is_refused_by_name() -> None:
     heads = bf16(2, 1, 8, 64).split((4, 2, 2), dim=2)
     unsupported: Any = kv_append.unsupported
     assert unsupported(*heads, angles, angles, rows(), rows(), 0) == "a tensor on the CPU"
+
+
+def test_registers_hold_as_many_programs_as_are_counted_on() -> None:
+    """Those on record for sm_90, of which a multiprocessor has 65536."""
+    if not RECORD.exists():
+        pytest.skip("no record of compiled kernels")
+    found = 0
+    for entry in json.loads(RECORD.read_text(encoding="utf-8"))["triton"].values():
+        for name, facts in entry["kernels"].items():
+            kind = re.match(r"kv_attention (?:kv|bf)(\d+), D (\d+)(.*)", name)
+            if kind is None:
+                continue
+            found += 1
+            dtype = torch.float16 if "float16" in kind[3] else torch.bfloat16
+            choice = kv_attention.default(int(kind[1]), int(kind[2]), dtype)
+            assert facts["registers"] * 32 * choice.warps * choice.programs <= 65536, name
+    assert found >= 9
 
 
 @pytest.mark.parametrize("pairs", [1, 3, 8, 24, 64, 192, 256, 1000])
