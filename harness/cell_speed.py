@@ -32,8 +32,9 @@ LEAST_SECONDS = 1.0
 def speed_record(decoder: Decoder, memory: PeakMemory) -> Record:
     """{"device", "neighbours", "prefill_tokens", "decoded_tokens", "prefill_tokens_per_second",
     "decode_tokens_per_second", "peak_memory_bytes", "eager"}: who else used the machine when it began
-    or ended (`neighbours.neighbours`), the larger; the best of a few runs; on a GPU the most that was allocated meanwhile, weights
-    included; why steps ran without a graph. {"device", "neighbours", "reason"} where that failed.
+    or ended (`neighbours.neighbours`), the larger; the best of a few runs; on a GPU the most that was
+    allocated meanwhile, weights included; why steps ran without a graph. {"device", "neighbours", "reason"}
+    where that failed.
 
     The decoder's projections are merged for it, so it comes last.
     """

@@ -21,7 +21,6 @@ from kernels.kv_reference import PackedRows, Rows, kv_rows  # noqa: E402
 from kernels.triton import kv_append, kv_attention, kv_dequantise  # noqa: E402
 from kernels.triton.kv_attention import Choice, splits_of  # noqa: E402
 
-
 RECORD = Path(__file__).resolve().parents[2] / "results" / "reference" / "kernels-sm90.json"
 
 
@@ -71,6 +70,10 @@ def test_attention_that_cannot_run() -> None:
         assert reason is None if phrase is None else (reason or "").startswith(phrase), (phrase, reason)
     with pytest.raises(ValueError, match="the Triton kernel does not take rows of 3 bits"):
         kv_attention.kv_attention(query, rows(3), rows(3), 8)
+    seen = torch.ones(1, 1, 1, 8, dtype=torch.bool)
+    for length, mask, phrase in ((33, None, "33 of 32 positions"), (0, None, "0 of 32"), (9, seen, "a mask")):
+        with pytest.raises(ValueError, match=phrase):  # of one form with lengths that are taken
+            kv_attention.kv_attention(query, held, held, length, mask=mask)
 
 
 @pytest.mark.usefixtures("interpreted")
