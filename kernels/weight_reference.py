@@ -13,7 +13,7 @@ SHRINK_STEPS, SHRINK_GRID, ERROR_EXPONENT = 80, 100, 2.4
 SCALE_FLOOR = 1e-5
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 25}
 """Values searched at a time. CPU: few enough for the cache, enough to keep several cores busy. GPU: enough
-that the search is not bound by its launches."""
+that the search is not bound by its launches. Other devices: as on a CPU."""
 
 
 def code_bounds(bits: int, symmetric: bool) -> tuple[int, int]:
@@ -90,7 +90,7 @@ def find_range(rows: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[
         low, high = low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
     if not search:
         return _scale_zero(low, high, bits, symmetric)
-    step = max(1, _CHUNK[rows.device.type] // rows.shape[1])
+    step = max(1, _CHUNK.get(rows.device.type, _CHUNK["cpu"]) // rows.shape[1])
     parts = zip(rows.split(step), low.split(step), high.split(step), strict=True)
     found = [_search(*part, bits, symmetric) for part in parts]
     scale = torch.cat([scale for scale, _ in found])
