@@ -136,7 +136,8 @@ def test_operands_on_several_devices_and_gradients_are_refused(
             other = change(x) if isinstance(x, torch.Tensor) else replace(x, scale=change(x.scale))
             return module.unsupported(other, w, dtype=torch.bfloat16, **given)
         if place in ("packed", "scale", "zero"):
-            held = replace(w, **{place: change(getattr(w, place))})
+            fields: dict[str, Any] = {place: change(getattr(w, place))}
+            held = replace(w, **fields)
             return module.unsupported(x, held, dtype=torch.bfloat16, **given)
         return module.unsupported(x, w, dtype=torch.bfloat16, **{**given, place: change(given[place])})
 

@@ -110,12 +110,13 @@ def test_appending_that_cannot_run() -> None:
 def test_rows_on_another_device_and_gradients_are_refused(place: str) -> None:
     held = rows(scale=torch.ones(1), zero=torch.ones(1)) if place == "poisoned" else rows()
     query, angles = bf16(2, 4, 1, 64), bf16(1, 1, 1, 32)
-    new = bf16(2, 1, 8, 64).split((4, 2, 2), dim=2)
+    q, k, v = bf16(2, 1, 8, 64).split((4, 2, 2), dim=2)
 
     def reasons(other: Rows, same: Rows) -> set[str | None]:
         found = [kv_attention.unsupported(query, *both, 8) for both in ((other, same), (same, other))]
         found += [
-            kv_append.unsupported(*new, angles, angles, *both, 0) for both in ((other, same), (same, other))
+            kv_append.unsupported(q, k, v, angles, angles, *both, 0)
+            for both in ((other, same), (same, other))
         ]
         if isinstance(other, PackedRows):
             found.append(kv_dequantise.unsupported(other, 8, torch.bfloat16))

@@ -198,9 +198,15 @@ def test_weights_are_looked_at_where_a_text_begins(
     replaying: Decoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not behind each prefill and truncation of it."""
-    places, looks = graphs._places, []
+    places = graphs._places
+    looks: list[Decoder] = []
     replayed(replaying, IDS, None, 20, None)
-    monkeypatch.setattr(graphs, "_places", lambda decoder: looks.append(decoder) or places(decoder))
+
+    def looked(decoder: Decoder) -> Any:
+        looks.append(decoder)
+        return places(decoder)
+
+    monkeypatch.setattr(graphs, "_places", looked)
     replaying.truncate(12)
     replaying.prefill(IDS[:, 12:14])
     replaying.step(IDS[:, 14])
