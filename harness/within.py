@@ -4,8 +4,8 @@ Another machine, such as a GPU, sums in another order. A float model's numbers t
 digits. A quantised model's do not stay there: range search and GPTQ choose other codes for some weights, and
 an activation at a tie goes the other way. Harmless changes on one machine (an embedding moved by one ulp,
 another instruction set) made log-perplexities differ by up to 1.9 % with GPTQ at w4a16 (the outcomes in
-results/reference/gate.json) and 2.9 % with RTN at w4a4kv4 (grids/int4.yaml, noise 1 and 2), there by more
-than three standard errors over passages: these share one draw of the codes. So what agrees is
+results/reference/gate.json) and 2.9 % with RTN at w4a4kv4 (results/reference/int4-harmless, noise 1 and 2),
+there by more than three standard errors over passages: these share one draw of the codes. So what agrees is
 
 - of a float cell every log-likelihood that is within `movement.RTOL` of the other's;
 - of a quantised cell a log-perplexity within `MARGIN` of the other's, or within `LIMIT` of it where a paired
