@@ -11,6 +11,13 @@ integers, so what reaches the next quantiser differs in its last digits, and a v
 codes goes either way, about one in a million. The thresholds allow for that and for nothing else. In float64
 no value comes as near to a tie by chance; what is left are exact ties, such as a row whose largest value is
 minus its smallest, from sums of small integers and weights that lie on a lattice.
+
+A code that went the other way moves all that is computed from it by up to a step: behind a norm, every key
+and value of that token. That is no fault of the quantisers there, and thresholds that forgave it would
+forgive theirs. So a token whose codes behind a norm differ is compared, counted, and goes on with the
+simulation's codes; the quantisers behind are then judged on every token by the same thresholds, and such
+tokens must be as rare as ties are. On a CPU both executions compute a norm alike and there are none; a fused
+kernel sums in another order.
 """
 
 from __future__ import annotations
@@ -29,6 +36,8 @@ LARGEST = 1
 """Largest difference of two codes."""
 SCALE = 1e-3
 """Largest relative difference of two scales."""
+HANDED = 1e-5
+"""Largest share of codes behind norms, of all layers together, that differ and are replaced."""
 OUTPUT = 0.01
 """Largest difference of a half-layer's output, relative to what it adds (root mean square over tokens)."""
 PERPLEXITY = 0.01
@@ -92,10 +101,45 @@ def compare_codes(name: str, first: Quantised, second: Quantised) -> Codes:
     )
 
 
+def differing_tokens(first: Quantised, second: Quantised) -> Tensor:
+    """Of codes [..., T, n] of equal shape and groups: bool [..., T], the tokens of which any code differs."""
+    numbers = ~(first.scale.isnan() & second.scale.isnan())
+    return ((_levels(second) != _levels(first)) & numbers.unsqueeze(-1)).flatten(-2).any(-1)
+
+
 def _levels(q: Quantised) -> Tensor:
     """[..., G, n / G]: the integers that the scales multiply."""
     codes = q.codes.int().unflatten(-1, (q.scale.shape[-1], -1))
     return codes if q.zero is None else codes - q.zero.nan_to_num().long().unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class Handed:
+    """Tokens that went on with the simulation's codes behind a norm, of how many, counted once for each norm
+    and pass; and the codes among them that differed, of all behind norms."""
+
+    tokens: int = 0
+    of_tokens: int = 0
+    codes: int = 0
+    of_codes: int = 0
+
+    def fault(self) -> str | None:
+        """As `Codes.fault`."""
+        if self.codes <= HANDED * self.of_codes:
+            return None
+        return (
+            f"behind norms {self.codes:,} of {self.of_codes:,} codes differ, more than ties explain: "
+            f"{self.tokens:,} of {self.of_tokens:,} tokens had to be given the simulation's"
+        )
+
+    def joined(self, other: Handed) -> Handed:
+        """Both together."""
+        return Handed(
+            self.tokens + other.tokens,
+            self.of_tokens + other.of_tokens,
+            self.codes + other.codes,
+            self.of_codes + other.of_codes,
+        )
 
 
 @dataclass(frozen=True)
@@ -153,9 +197,9 @@ class Agreement:
     """What was found; nothing of a kind of which nothing is quantised.
 
     missing: what should have been compared and was not there. decode, stepped: codes of all layers, and their
-    outputs, through a KV cache against the same layers without one. generated: greedy tokens of both, and how
-    many are the same before the first that is not, for information. implementations: per operation, which
-    implementation the int4 execution ran, and how often.
+    outputs, through a KV cache against the same layers without one. handed: of both. generated: greedy tokens
+    of both, and how many are the same before the first that is not, for information. implementations: per
+    operation, which implementation the int4 execution ran, and how often.
     """
 
     weights: tuple[Codes, ...]
@@ -166,6 +210,7 @@ class Agreement:
     stepped: tuple[Output, ...]
     running: Running
     generated: tuple[int, int]
+    handed: Handed = Handed()
     missing: tuple[str, ...] = ()
     implementations: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -176,6 +221,7 @@ class Agreement:
             *self.missing,
             *(codes.fault(equal=1.0, largest=0, scale=0.0) for codes in self.weights),
             *(codes.fault() for codes in (*self.inputs, *self.cache, self.decode)),
+            self.handed.fault(),
             *(output.fault() for output in (*self.outputs, *self.stepped)),
             self.running.fault(),
         ]

@@ -177,6 +177,7 @@ def new_record(about: Record, model: Model, setting: Setting) -> Record:
             "seconds": {},
             "tasks": {},
             "implementations": {},
+            "replays_counted": True,
             "started": store.now(),
             "command": setting.command,
             "commit": environment.commit(),
@@ -259,6 +260,8 @@ class CellRun:
             for fact in ("tasks", "implementations"):
                 found = previous["measured"].get(fact, {})
                 record["measured"][fact] = {name: found[name] for name in record["tasks"] if name in found}
+            if record["measured"]["implementations"]:
+                record["measured"]["replays_counted"] = previous["measured"].get("replays_counted", False)
         store.note(self.folder, "started", kept=sorted(record["tasks"]))
         with environment.PeakMemory(self.setting.device) as memory:
             try:

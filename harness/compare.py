@@ -2,10 +2,12 @@
 
     python -m harness.compare results/before results/after
     python -m harness.compare results/quick:1cde results/quick:1825 --json
+    python -m harness.compare results/reference/int4 results/int4-on-a-gpu --within
 
 Two run folders are compared cell by cell: the same model, method, bits and seed. Two cells, each given by its
 folder or as RUN_FOLDER:CELL_ID_PREFIX, are compared as they are. Every difference is B minus A, paired
-document by document; samples of other documents are refused. Exit status 0, or 2 for a mistake of the user.
+document by document; samples of other documents are refused. `--within` judges B by the bounds of
+harness/within.py. Exit status 0; 1 where B is outside of them; 2 for a mistake of the user.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness import inference, stats, store
+from harness import inference, stats, store, within
 from harness.markdown import plain, table
 from harness.records import Cell, Column, columns_of, read_cell, read_run
 from harness.stats import Estimate, Paired
@@ -78,6 +80,8 @@ class Comparison:
     settings: dict[str, tuple[str, str]]
     """Settings on record that differ: name -> what A has, what B has."""
     left_out: list[str]
+    lost: list[str]
+    """The part of `left_out` that A has and B failed at."""
 
 
 def open_side(text: str) -> Side:
@@ -117,9 +121,10 @@ def compare(a: Side, b: Side) -> Comparison:
     left_out = [f"A, {reason}" for reason in a.unusable] + [f"B, {reason}" for reason in b.unusable]
     pairs = list(_matched(a, b, left_out)) if a.is_run else [(a.cells[0], b.cells[0])]
     lines: list[Line] = []
+    lost: list[str] = []
     settings: dict[str, dict[tuple[str, str], None]] = {}
     for first, second in pairs:
-        shared = list(_lines(first, second, left_out, name_of(first) if a.is_run else ""))
+        shared = list(_lines(first, second, left_out, lost, name_of(first) if a.is_run else ""))
         lines += shared
         tasks = [line.column.task for line in shared]
         for name, values in _differing(_settings(first, tasks), _settings(second, tasks)):
@@ -140,7 +145,7 @@ def compare(a: Side, b: Side) -> Comparison:
         )
         for name, values in settings.items()
     }
-    return Comparison(lines, shown, left_out)
+    return Comparison(lines, shown, left_out, lost)
 
 
 def _matched(a: Side, b: Side, left_out: list[str]) -> Iterator[tuple[Cell, Cell]]:
@@ -181,13 +186,14 @@ def _whole_name(cell: Cell) -> str:
     return name_of(cell) + (f", {execution}" if execution != "simulate" else "")
 
 
-def _lines(a: Cell, b: Cell, left_out: list[str], name: str) -> Iterator[Line]:
+def _lines(a: Cell, b: Cell, left_out: list[str], lost: list[str], name: str) -> Iterator[Line]:
     where = f"{name}, " if name else ""
     for column in columns_of([a, b]):
         has = [column.estimate(cell) is not None for cell in (a, b)]
         if not all(has):
             side = "either side" if not any(has) else "B" if has[0] else "A"
             left_out.append(f"{where}{column.task}: not finished in {side}")
+            lost += left_out[-1:] if has == [True, False] else []
             continue
         data = [cell.task(column.task).get("data") for cell in (a, b)]
         try:
@@ -368,7 +374,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = "a run folder, a cell's folder, or RUN_FOLDER:CELL_ID_PREFIX"
     parser.add_argument("a", metavar="A", help=where)
     parser.add_argument("b", metavar="B", help="the same kind of thing; differences are B minus A")
-    parser.add_argument("--json", action="store_true", help="for machines")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for machines")
+    form.add_argument(
+        "--within",
+        action="store_true",
+        help="instead: does B agree with A as another machine must? exit status 1 where it does not",
+    )
     arguments = parser.parse_args(argv)
     try:
         refuse_foreign_kernels()
@@ -380,6 +392,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {os_reason(error)}", file=sys.stderr)
         return 2
+    if arguments.within:
+        text, ok = within.verdict(comparison, _whole_name)
+        print(text)
+        return 0 if ok else 1
     if arguments.json:
         print(json.dumps(as_json(a, b, comparison), indent=1, allow_nan=False))
     else:

@@ -36,7 +36,7 @@ Speed on a small workload, one sequence, the best of up to three runs: {}. Perpl
 first text, mean accuracy as above. The peak is what a GPU had allocated meanwhile, weights included. How \
 the time depends on batch and context is measured by `python -m harness.speed`."""
 SHARED = """\
-¶: others used the machine when this was timed, so it may be faster alone: {}. Unmarked: by the load \
+¶: others used the machine when timing began or ended, so it may be faster alone: {}. Unmarked: by the load \
 average, and by processes and memory on a GPU, nobody did, or the record does not tell."""
 INT4 = """\
 Rows of int4 execution measure more than computed where scales are float32 (zero-points of weights too, \
@@ -47,10 +47,11 @@ A simulated cell holds floats in the settings' dtype, of weights also the codes,
 has nothing to pack: it is one and the same cell in either execution."""
 OPERATIONS = """\
 Calls while tasks were scored, over all cells of int4 execution; of an interrupted cell, each task has the \
-calls of the run that scored it. A replay of a CUDA graph counts as the calls that the graph was captured \
-with. What no implementation can run ends its cell with an \
+calls of the run that scored it. {} What no implementation can run ends its cell with an \
 error and is not simulated instead. kv16 stands for a cache that is not quantised. Not listed: embedding, \
 lm_head, and linears whose weights are not quantised, which the notes on methods name."""
+REPLAYS = "A replay of a CUDA graph counts as the calls that the graph was captured with."
+NO_REPLAYS = "Replays of a CUDA graph are not among them, in some cells at least."
 TUNED = """\
 Beside `triton` stands the beginning of the SHA-256 of kernels/tuning.json, the table by which its kernels' \
 variants were chosen."""
@@ -200,7 +201,9 @@ def _operations_section(cells: Sequence[Cell]) -> list[str]:
     lines: list[list[Any]] = [[*key, f"{calls[key]:,}", users[key]] for key in sorted(calls)]
     head = ["operation", "implementation", "calls", "cells"]
     tuned = any(implementation.startswith("triton, choices ") for _, implementation in calls)
-    notes = f"{OPERATIONS} {TUNED}" if tuned else OPERATIONS
+    counted = all(cell.record["measured"].get("replays_counted") for cell in cells if operations_of(cell))
+    notes = OPERATIONS.format(REPLAYS if counted else NO_REPLAYS)
+    notes += f" {TUNED}" if tuned else ""
     return ["### Implementations that ran", table(head, lines), notes]
 
 

@@ -26,10 +26,19 @@ def neighbours(device: torch.device) -> Record:
     return found
 
 
+def busier(first: Record, second: Record) -> Record:
+    """The larger of each of two findings of `neighbours`."""
+    return {
+        name: max((each[name] for each in (first, second) if each[name] is not None), default=None)
+        for name in first
+    }
+
+
 def shared(found: Record) -> list[str]:
-    """What says that others used the machine, in phrases, of what `neighbours` found."""
+    """What says that others used the machine, in phrases, of what `neighbours` found. The load counts this
+    process' own last minute, too, and so nothing on a GPU that tells who computes there."""
     reasons = []
-    if found["load"] >= found["threads"] + 1:
+    if found.get("gpu_processes") is None and found["load"] >= found["threads"] + 1:
         reasons.append(f"load {found['load']:.1f} with {found['threads']} threads of its own")
     if found.get("gpu_processes"):
         reasons.append(f"{found['gpu_processes']} other processes on the GPU")

@@ -18,6 +18,7 @@ THRESHOLDS = {
     "equal": agreement.EQUAL,
     "largest": agreement.LARGEST,
     "scale": agreement.SCALE,
+    "handed": agreement.HANDED,
     "output": agreement.OUTPUT,
     "perplexity": agreement.PERPLEXITY,
     "errors": agreement.ERRORS,
@@ -54,6 +55,13 @@ amplifies each such flip from layer to layer, hence the differences of log-perpl
 ties are left, which sums of small integers can produce; where there is none, the executions agree in every \
 code, and in log-perplexity to the last digits."""
 
+_HANDED = """\
+A fused norm and quantiser sums in another order than the simulation, and a value at a tie goes the other \
+way; then every key and value of that token, or its input of down_proj, moves by up to a step. Such a token \
+is counted here and goes on with the simulation's codes, so that what stands behind is judged on every \
+token. At most {handed:g} of the codes behind norms may differ, over all layers, with and without a cache. \
+In {none} of {rows} rows none does."""
+
 
 def changes_text(settings: QuantiserSettings, base: QuantiserSettings) -> str:
     """The fields that differ from `base`, as name=value; empty where none does."""
@@ -73,6 +81,7 @@ def row_of(found: Agreement) -> dict[str, Any]:
         "weights": _pooled(found.weights),
         "inputs": _pooled(found.inputs),
         "cache": _pooled(found.cache),
+        "handed": dataclasses.asdict(found.handed),
         "output": _worst_output(found.outputs),
         "decode": _pooled([found.decode] if found.decode.n else []),
         "decode_output": _worst_output(found.stepped),
@@ -135,6 +144,7 @@ def _sections(record: dict[str, Any]) -> list[str]:
         for dtype in dict.fromkeys(row["dtype"] for row in own):
             lines = [_line(row) for row in own if row["dtype"] == dtype]
             text += [f"## {model['name']}, {dtype}", table(_HEAD, lines)]
+    text += _handed(rows, record["thresholds"])
     text += ["## Differences", _faults(differing)]
     text += _refused([row for row in rows if row["status"] == "n/a"], record["left_out"])
     text += ["## What ran", _implementations(rows)]
@@ -203,6 +213,22 @@ def _faults(rows: Sequence[dict[str, Any]]) -> str:
         for fault in row["faults"]
     ]
     return "\n".join(lines) or "none"
+
+
+def _handed(rows: Sequence[dict[str, Any]], thresholds: dict[str, float]) -> list[str]:
+    """Nothing for records of before such tokens were counted: made on CPUs, where there are none."""
+    counted = [row for row in rows if "handed" in row]
+    if not counted:
+        return []
+    lines = [
+        [row["model"], row["dtype"], row["bits"], f"`{row['method']}`", row["setting"] or "–"]
+        + [f"{row['handed'][key]:,}" for key in ("codes", "of_codes", "tokens", "of_tokens")]
+        for row in counted
+        if row["handed"]["codes"]
+    ]
+    head = ["model", "dtype", "bits", "method", "setting", "codes", "of", "tokens", "of"]
+    text = _HANDED.format(handed=thresholds["handed"], none=len(counted) - len(lines), rows=len(counted))
+    return ["## Ties behind norms", text, *([table(head, lines)] if lines else [])]
 
 
 def _refused(rows: Sequence[dict[str, Any]], left_out: Sequence[str]) -> list[str]:

@@ -24,7 +24,15 @@ import torch
 from torch import Tensor
 
 from harness import execution, perplexity, stats
-from harness.agreement import Agreement, Codes, Output, Running, compare_codes
+from harness.agreement import (
+    Agreement,
+    Codes,
+    Handed,
+    Output,
+    Running,
+    compare_codes,
+    differing_tokens,
+)
 from harness.perplexity import Windows
 from harness.stats import Row
 from kernels import ops
@@ -34,6 +42,7 @@ from kernels.reference import Quantised, dequantise_weight, quantise
 from methods.cache import KVCache
 from methods.decoder import Attention, Block, Decoder, State, attention_mask
 from methods.generate import generate
+from methods.linear import Linear
 from methods.rounding import SITES
 
 STEPS = (1, 1, 3, 1, 2)
@@ -68,6 +77,7 @@ def compare(
         tuple(layers.stepped),
         running,
         (len(first), _common(first, second)),
+        layers.handed,
         (*missing, *layers.missing),
         execution.implementations(),
     )
@@ -118,6 +128,7 @@ class _Layers:
     outputs: list[Output] = field(default_factory=list)
     decode: Codes = field(default_factory=lambda: Codes("all codes through the cache"))
     stepped: list[Output] = field(default_factory=list)
+    handed: Handed = field(default_factory=Handed)
     missing: list[str] = field(default_factory=list)
 
 
@@ -131,22 +142,24 @@ def _layers(simulated: Decoder, packed: Decoder, ids: Tensor) -> _Layers:
         for half in HALVES:
             with _quantised_values(block) as given:
                 after = _run(simulated, index, half, state)
-            with _packed_codes(twin, given) as ran:
+            wanted = {name: _simulated_codes(block, name, x) for name, x in given.items()}
+            with _packed_codes(twin, given, wanted) as ran:
                 got = _run(packed, index, half, state)
-            with _packed_codes(twin, given) as again:
+            with _packed_codes(twin, given, wanted) as again:
                 stepped = _run_in_steps(packed, index, half, state)
             cache = Codes(f"{stem} keys and values")
             for name, codes in ran.items():
                 if name not in given:
                     found.missing.append(f"{stem}.{name}: quantised in the int4 execution alone")
                     continue
-                compared = compare_codes(
-                    f"{stem}.{name} input", _simulated_codes(block, name, given[name]), codes
-                )
+                compared = compare_codes(f"{stem}.{name} input", wanted[name], codes)
                 if name in CACHE:
                     cache = cache.joined(compared)
                 else:
                     found.inputs.append(compared)
+                if name in _behind_norms(twin):
+                    for taken in (codes, again[name]):
+                        found.handed = found.handed.joined(_handed(wanted[name], taken))
                 found.decode = found.decode.joined(compare_codes(name, codes, again[name]))
             found.cache += [cache] if cache.n else []
             found.outputs.append(_output(f"{stem}.{half} output", state, after, got))
@@ -236,15 +249,68 @@ def _clip(attention: Attention) -> float:
     return 1.0 if attention.kv is None or attention.kv.static else attention.kv.clip
 
 
+def _behind_norms(block: Block) -> dict[str, Linear]:
+    """The linears that read the normalised stream: another quantiser of their half stands behind them."""
+    readers = (*block.self_attn.readers, *block.mlp.readers)
+    return {name: linear for name, linear in block.linears() if any(linear is reader for reader in readers)}
+
+
+def _handed(wanted: Quantised, codes: Quantised) -> Handed:
+    """What `_hand_over` has to do."""
+    if not _alike(wanted, codes):
+        return Handed()  # a fault of the codes themselves
+    tokens, compared = differing_tokens(wanted, codes), compare_codes("", wanted, codes)
+    return Handed(int(tokens.sum()), tokens.numel(), compared.unequal, compared.n)
+
+
+def _hand_over(codes: Quantised, wanted: Quantised, static: bool) -> None:
+    """Put the wanted codes [..., T, n] in the place of those of the tokens of which any differs."""
+    tokens = differing_tokens(wanted, codes)
+    codes.codes[tokens] = wanted.codes[tokens]
+    if not static:  # a static range is one number, and the same in both
+        codes.scale[tokens] = wanted.scale[tokens]
+        if codes.zero is not None and wanted.zero is not None:
+            codes.zero[tokens] = wanted.zero[tokens]
+
+
+def _alike(first: Quantised, second: Quantised) -> bool:
+    """Whether two hold codes of one form, so that one's can stand in the place of the other's."""
+    forms = ((q.codes.shape, q.codes.dtype, q.scale.shape, q.zero is None) for q in (first, second))
+    return len(set(forms)) == 1
+
+
+def _tokens(q: Quantised, start: int, stop: int) -> Quantised:
+    """The tokens start:stop of codes [..., T, n]."""
+    zero = None if q.zero is None else q.zero[..., start:stop, :]
+    return replace(q, codes=q.codes[..., start:stop, :], scale=q.scale[..., start:stop, :], zero=zero)
+
+
 @contextmanager
-def _packed_codes(block: Block, given: Mapping[str, Tensor]) -> Iterator[dict[str, Quantised]]:
-    """The codes that a packed layer runs on while the context is open, joined along the tokens: of linear
-    inputs, by the name of the first linear that reads them, and of keys and values. These are then written
-    anew, from what the simulation was `given`."""
+def _packed_codes(
+    block: Block, given: Mapping[str, Tensor], wanted: Mapping[str, Quantised]
+) -> Iterator[dict[str, Quantised]]:
+    """The codes that a packed layer makes while the context is open, joined along the tokens: of linear
+    inputs, by the name of the first linear that reads them, and of keys and values. Keys and values are then
+    written anew, from what the simulation was `given`; behind a norm, a token whose codes are not those
+    `wanted` gets these."""
     parts: dict[str, list[Quantised]] = {}
+    behind = _behind_norms(block)
 
     def keep(name: str, codes: Quantised) -> None:
         parts.setdefault(name, []).append(codes)
+
+    def keep_input(name: str, codes: Quantised) -> None:
+        start = sum(part.codes.shape[-2] for part in parts.get(name, ()))
+        if name not in behind or name not in wanted:
+            keep(name, codes)
+            return
+        zero = None if codes.zero is None else codes.zero.clone()
+        keep(name, replace(codes, codes=codes.codes.clone(), scale=codes.scale.clone(), zero=zero))
+        part = _tokens(wanted[name], start, start + codes.codes.shape[-2])
+        activation = behind[name].activation
+        assert activation is not None
+        if _alike(part, codes):
+            _hand_over(codes, part, activation.static)
 
     def keep_rows(keys: PackedRows, values: PackedRows, start: int, stop: int) -> None:
         for name, rows in zip(CACHE, (keys, values), strict=True):
@@ -253,7 +319,7 @@ def _packed_codes(block: Block, given: Mapping[str, Tensor]) -> Iterator[dict[st
                 kv_append(rows, given[name][:, :, start:stop], start, clip=_clip(block.self_attn))
 
     for name, linear in block.linears():
-        linear.code_observer = partial(keep, name)
+        linear.code_observer = partial(keep_input, name)
     block.self_attn.code_observer = keep_rows
     codes: dict[str, Quantised] = {}
     try:

@@ -19,7 +19,7 @@ OPERATIONS: tuple[tuple[str, str], ...] = (
         "linears of 4-bit weights",
         r"^_kernel|^_kept|linear_many|^held_kernel|^streamed_kernel|^dequantise_weight",
     ),
-    ("products in 16 bits", r"gemm|gemv|cutlass|nvjet|xmma|cublas|splitkreduce"),
+    ("products in 16 bits", r"gemm|gemv|cutlass|nvjet|xmma|cublas|splitkreduce|^dense_kernel"),
     ("copies", r"memcpy|memset|copy_kernel|catarray"),
     ("look-ups", r"embedding|index_?select|gather"),
 )

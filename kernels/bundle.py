@@ -58,6 +58,7 @@ SITE = "site-packages"
 """Where the wheels go. dill, by which datasets tells data sets apart, takes a module for an installed one by
 this name in its path, and goes through the contents of any other."""
 MEGABYTE = 1_000_000
+NOT_INSTALLED = "not installed: "
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ def write_parts(files: Iterable[tuple[str, Path]], out: Path, size: int) -> int:
 
 
 def unpack(part: Path, target: Path) -> list[str]:
-    """Take a part over into `target`; returns a line for each file that became whole and one for what is
-    missing.
+    """Take a part over into `target`; returns a line for each file that became whole, one for what is
+    missing, and one for wheels that could not be installed, which the next call tries again.
 
     Raises ValueError for a folder that is no part and for a file whose sha256 is another.
     """
@@ -140,7 +141,7 @@ def unpack(part: Path, target: Path) -> list[str]:
     pieces.mkdir(parents=True, exist_ok=True)
     for piece in (each for entry in entries for each in entry.pieces if each.part == here):
         shutil.copyfile(part / piece.name, pieces / f"{here}-{piece.name}")
-    said, missing = [], set()
+    said, missing, failed = [], set(), []
     for entry in entries:
         place = target / entry.place
         found = [pieces / f"{piece.part}-{piece.name}" for piece in entry.pieces]
@@ -151,9 +152,13 @@ def unpack(part: Path, target: Path) -> list[str]:
             missing |= absent
             continue
         said.append(_join(found, place, entry, target))
+        if not place.exists():
+            failed.append(place.name)
+    if failed:
+        said.append(f"{NOT_INSTALLED}{', '.join(failed)}")
     if missing:
         said.append(f"still missing: parts {', '.join(map(str, sorted(missing)))} of {manifest['parts']}")
-    else:
+    elif not failed:
         said.append("complete")
     return said
 
@@ -175,7 +180,8 @@ def _join(found: Sequence[Path], place: Path, entry: Entry, target: Path) -> str
         try:
             _pip("install", *options, str(wheel))
         except ValueError as error:
-            return f"not installed: {wheel.name}: {error}"
+            wheel.unlink()
+            return f"{wheel.name}: {error}"
         return f"installed {wheel.name}"
     partial.replace(place)
     return f"placed {entry.place}"
@@ -267,13 +273,15 @@ def lines_of(arguments: argparse.Namespace) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    status = 0
     try:
         for said in lines_of(arguments):
             print(said, flush=True)
+            status |= said.startswith(NOT_INSTALLED)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status
 
 
 if __name__ == "__main__":

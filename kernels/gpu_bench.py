@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from kernels import gpu_attention, peers, tuning
+from kernels import gpu_attention, gpu_rounding, peers, tuning
 from kernels.contests import SHAPES
 from kernels.gpu_contests import LINEARS, ROWS, GpuContest, Made, chains, linears, one_line
 from kernels.gpu_passes import fused
@@ -44,8 +44,8 @@ from kernels.timing import (
 HERE = Path(__file__).resolve().parent
 LEAST_SECONDS = 0.001
 OPERATIONS = (
-    *("w4a8", "w4a16", "chain", "quantise", "rmsnorm", "hadamard"),
-    *("kv_attention", "rope_append", "kv_dequantise"),
+    *("w4a8", "w4a16", "bf16", "chain", "quantise", "rmsnorm", "hadamard"),
+    *("kv_attention", "rope_append", "kv_dequantise", *gpu_rounding.OPERATIONS),
 )
 BY = ("ours", "torch", "humming", "gemlite", "bitsandbytes", "mslk", "fast-hadamard-transform")
 STATE = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,pstate"
@@ -90,7 +90,7 @@ def units(shapes: Sequence[str], operations: Sequence[str], layers: Sequence[str
     ordered = sorted(shapes, key=lambda shape: SHAPES[shape].hidden, reverse=True)
     for shape in ordered:
         for operation in operations:
-            if operation in LINEARS:
+            if operation in (*LINEARS, *gpu_rounding.OPERATIONS):
                 found += [(shape, operation, name) for name in SHAPES[shape].linears()]
     others = {
         "chain": ("o", "up, down"),
@@ -114,6 +114,8 @@ def contests(
     if operation in LINEARS:
         n, k = shape.linears()[layer]
         return linears(operation, layer, n, k, rows, by, l2, device)
+    if operation in gpu_rounding.OPERATIONS:
+        return gpu_rounding.rounding(operation, layer, *shape.linears()[layer], by, device)
     if operation == "chain":
         weights = [shape.linears()["o"]]
         if layer == "up, down":  # an MLP without its gate

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import ops, reference, tuning
-from kernels.peers import BASELINE, PEERS, Contestant, Linear, group_of, unchanged
+from kernels.peers import BASELINE, PEERS, Contestant, Linear, copies, group_of, unchanged
 from kernels.reference import PackedWeight, pack_weight
 from kernels.timing import COMPARED_ROWS, nbytes, sets_needed
 
@@ -119,6 +119,25 @@ def ours_a16(at_rest: bool = False, tuned: bool = True) -> Callable[[Tensor, int
     return prepare
 
 
+def ours_dense(at_rest: bool = False, tuned: bool = True) -> Callable[[Tensor, int], Linear]:
+    """The linear of the bf16 weight itself."""
+
+    def prepare(w: Tensor, l2: int) -> Linear:
+        weights = copies([w], l2)
+
+        def call(x: Tensor, number: int) -> Tensor:
+            choice = None if tuned else tuning.untuned("linear_dense", x.shape[0], *w.shape)
+            return kernel("linear_dense", "dense")(x, weights[number][0], overlapped=at_rest, choice=choice)
+
+        return Linear(call, len(weights), w.nbytes, exact=True)
+
+    return prepare
+
+
+def _read_once(rows: int) -> bool:
+    return rows <= ops.FEW_ROWS
+
+
 def _few(rows: int) -> bool:
     return rows <= FEW_ROWS
 
@@ -154,8 +173,13 @@ OURS = {
         Contestant("ours w4a16, weights at rest", "ours", ours_a16(at_rest=True), _few),
         Contestant("ours w4a16, default choice", "ours", ours_a16(tuned=False), _few),
     ),
+    "bf16": (
+        Contestant("ours bf16", "ours", ours_dense(), _read_once),
+        Contestant("ours bf16, weights at rest", "ours", ours_dense(at_rest=True), _read_once),
+        Contestant("ours bf16, default choice", "ours", ours_dense(tuned=False), _read_once),
+    ),
 }
-LINEARS = {kind: (BASELINE, *OURS[kind], *PEERS[kind]) for kind in OURS}
+LINEARS = {kind: (BASELINE, *OURS[kind], *PEERS.get(kind, ())) for kind in OURS}
 CHAIN = (
     BASELINE,
     QUANTISED_AT_REST,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.packing import pack_unchecked, packed_width, unpack
 from kernels.pass_reference import online_hadamard
-from kernels.reference import quantise
+from kernels.reference import fields_alone, quantise
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class PackedRows:
     bits: int
     width: int
     poisoned: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return fields_alone(self)
 
 
 Rows = PackedRows | Tensor

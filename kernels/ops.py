@@ -1,17 +1,19 @@
 """The operations that methods call, each run by the implementation that fits and counted by its name.
 
-Signatures and results are those of `reference`, `pass_reference` and `kv_reference`, which run wherever no
-kernel does. On a CUDA GPU of compute capability 9, where triton is installed, an operation runs as a Triton
-kernel (kernels/triton) unless that refuses the operands. The account tells the two apart: "triton", and
-"reference (why no kernel ran)". What neither can run raises. Names carry the widths: "linear w4a16",
-"kv_attention kv4".
+Signatures and results are those of `reference`, `pass_reference`, `kv_reference` and `weight_reference`,
+which run wherever no kernel does. On a CUDA GPU of compute capability 9, where triton is installed, an
+operation runs as a Triton kernel (kernels/triton) unless that refuses the operands. The account tells the two
+apart: "triton", and "reference (why no kernel ran)". What neither can run raises. Names carry the widths:
+"linear w4a16", "kv_attention kv4".
 
 Which implementation runs does not change what `quantise` returns without a gate, nor the integer products of
 linears, nor, without kept channels, a linear of quantised inputs: they are the same to the last bit. What it
-may change are the last bits of floating-point sums: of a linear with floating-point inputs or kept channels,
-of a root mean square and of a Hadamard transform; and, where a gate is applied, the last bit of few of its
-products. With these go the scales and some of the codes, by one, that are then rounded from them. Kernels are
-chosen by the number of rows too, so there a row's last bits may depend on how many rows stand beside it.
+may change are the last bits of floating-point sums: of a linear with floating-point inputs or weights or with
+kept channels, of a root mean square and of a Hadamard transform; and, where a gate is applied, the last bit
+of few of its products. With these go the scales and some of the codes, by one, that are then rounded from
+them. Kernels are chosen by the number of rows too, so there a row's last bits may depend on how many rows
+stand beside it. A weight's range is found among the same ones, but of two that are worth the same
+it may be the other; the columns of a GPTQ block may differ in their last bits before they are rounded.
 """
 
 import importlib
@@ -27,14 +29,15 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from kernels import integer, kv_reference, pass_reference, reference
+from kernels import integer, kv_reference, pass_reference, reference, weight_reference
 from kernels.kv_reference import PackedRows, Rows
 from kernels.pass_reference import Normalised, Normed
 from kernels.reference import PackedWeight, Quantised, Quantiser
 from kernels.refusals import UnsupportedError
 
 FEW_ROWS = 16
-"""Rows of a linear's codes up to which reading the weight takes the time."""
+"""Rows of a linear's codes, and of floats beside a 16-bit weight, up to which reading the weight takes the
+time."""
 FEW_A16_ROWS = 64
 """Rows of a linear's floats up to which reading the 4-bit weight for every 16 of them takes less time than
 writing it in 16 bits."""
@@ -45,6 +48,7 @@ TRITON = ("3.6",)
 
 # The files of kernels/triton by operation, but for linears.
 _FILES = {
+    "dense": "linear_dense",
     "quantise": "quantise",
     "gated": "gated",
     "rmsnorm": "rmsnorm_quantise",
@@ -53,6 +57,8 @@ _FILES = {
     "hadamard_quantise": "hadamard_quantise",
     "rope_append": "kv_append",
     "kv_attention": "kv_attention",
+    "find_range": "find_range",
+    "gptq_block": "gptq_block",
 }
 
 Calls = dict[str, Counter[str]]
@@ -154,6 +160,16 @@ def linear(
         taken = " and ".join(sorted(integer.routes_taken - before))
         reason = "; ".join(part for part in (reason, taken) if part)
     _count(name, reason)
+    return y
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`reference.dense`: a kernel's up to FEW_ROWS rows, and the library's product for more."""
+    if x.numel() <= FEW_ROWS * x.shape[-1]:
+        found: Tensor = _run(reference, "dense", "", x, weight, bias)
+        return found
+    y, reason = reference.dense(x, weight, bias), _no_kernel_for(x)
+    _count("dense", f"more than {FEW_ROWS} rows" if reason is None else reason)
     return y
 
 
@@ -267,6 +283,22 @@ def kv_attention(
     operands, width = (query, keys, values, length), f" kv{_kv_bits(keys)}"
     out: Tensor = _run(kv_reference, "kv_attention", width, *operands, mask=mask)
     return out
+
+
+def find_range(rows: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[Tensor, Tensor | None]:
+    """`weight_reference.find_range`."""
+    operands = (rows, bits, symmetric, search)
+    found: tuple[Tensor, Tensor | None] = _run(weight_reference, "find_range", f" w{bits}", *operands)
+    return found
+
+
+def gptq_block(
+    weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor | None, bits: int
+) -> tuple[Tensor, Tensor]:
+    """`weight_reference.gptq_block`."""
+    operands = (weight, factor, scale, zero, bits)
+    found: tuple[Tensor, Tensor] = _run(weight_reference, "gptq_block", f" w{bits}", *operands)
+    return found
 
 
 def _kv_bits(rows: Rows) -> int:

@@ -29,8 +29,8 @@ A result that its dtype cannot hold, such as a linear's float16 output above 655
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Required, TypedDict
+from dataclasses import dataclass, fields
+from typing import Any, Required, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +131,12 @@ class Quantiser(TypedDict, total=False):
     zero: Tensor | None
 
 
+def fields_alone(value: Any) -> dict[str, object]:
+    """The state of a dataclass's copies, without what kernels keep beside its fields: it depends on where the
+    tensors lie."""
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
 @dataclass(frozen=True)
 class PackedWeight:
     """A rounded weight [N, K] in packed codes: value = (code - zero) * scale.
@@ -160,6 +166,9 @@ class PackedWeight:
                 value = getattr(self, name)
                 if value is not None and not value.t().is_contiguous():
                     object.__setattr__(self, name, value.t().contiguous().t())
+
+    def __getstate__(self) -> dict[str, object]:
+        return fields_alone(self)
 
     @property
     def group(self) -> int:
@@ -203,6 +212,11 @@ def dequantise_weight(w: PackedWeight, dtype: torch.dtype | None = None) -> Tens
         if values is not part:
             part.copy_(values)
     return weight
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x weightᵀ + bias, in x's dtype: x [..., K], weight [N, K], bias [N], none of them quantised."""
+    return F.linear(x, weight, bias)
 
 
 def linear(

@@ -52,6 +52,8 @@ def cases() -> Iterator[Case]:
     """Every question, in the order of the table."""
     for operands, keywords in _LINEARS.items():
         yield Case("linear", operands, partial(_linear, **keywords))
+    for operands, keywords in _DENSE.items():
+        yield Case("dense", operands, partial(_dense, **keywords))
     for operands, keywords in {**_ROWS, **_GATED}.items():
         yield Case("quantise", operands, partial(_quantise, **keywords))
     for operands, keywords in _FLOATS.items():
@@ -70,6 +72,10 @@ def cases() -> Iterator[Case]:
         yield Case("kv_attention", operands, partial(_kv_attention, **keywords))
     for bits in (4, 8):
         yield Case("kv_append", f"{bits} bits", partial(_kv_append, bits))
+    for operands, keywords in {**_WEIGHTS, "rows of 65536": {"n": 65536}}.items():
+        yield Case("find_range", operands, partial(_find_range, **keywords))
+    for operands, keywords in {**_WEIGHTS, "a block of 512 columns": {"n": 512}}.items():
+        yield Case("gptq_block", operands, partial(_gptq_block, **keywords))
 
 
 def on_cpu(case: Case) -> Answer:
@@ -161,6 +167,17 @@ _LINEARS: dict[str, dict[str, Any]] = {
     "w4a16, 1024 rows of float32": {"bits": 16, "group": 128, "rows": 1024, "x": _F32, "dtype": _F32},
     "w4a16, 1024 rows, 64 kept channels": {"bits": 16, "rows": 1024, "keep": 64},
     "w3a16, 1 row, groups of 128": {"bits": 16, "group": 128, "weight_bits": 3},
+}
+
+_DENSE: dict[str, dict[str, Any]] = {
+    "1 row of bfloat16": {},
+    f"{ops.FEW_ROWS} rows of bfloat16": {"rows": ops.FEW_ROWS},
+    f"{MANY} rows of bfloat16": {"rows": MANY},
+    "1 row of float16": {"x": _F16},
+    "1 row of float32": {"x": _F32},
+    "1 row, bias": {"bias": True},
+    "1 row, K = 14336": {"inputs": 14336},
+    "1 row, K = 100": {"inputs": 100},
 }
 
 _ROWS: dict[str, dict[str, Any]] = {
@@ -267,6 +284,11 @@ def _linear(
         bits,
     )
     return (q, w), keywords
+
+
+def _dense(*, rows: int = 1, inputs: int = 4096, x: torch.dtype = _BF16, bias: bool = False) -> Arguments:
+    operands = _floats(rows, inputs, dtype=x), _floats(OUTPUTS, inputs, dtype=x)
+    return operands, {"bias": _floats(OUTPUTS, dtype=x) if bias else None}
 
 
 def _quantiser(
@@ -399,6 +421,22 @@ def _kv_rows(
     scale = torch.ones(1) if static else None
     wide, device = torch.promote_types(dtype, _F32), torch.empty(0).device
     return kv_rows(1, 2, 512, width, bits, symmetric=symmetric, scale=scale, dtype=wide, device=device)
+
+
+_WEIGHTS: dict[str, dict[str, Any]] = {
+    "float32, 4 bits": {},
+    "with zero-points, 8 bits": {"bits": 8, "symmetric": False},
+    "float64": {"dtype": _F64},
+}
+
+
+def _find_range(n: int = 128, bits: int = 4, symmetric: bool = True, dtype: torch.dtype = _F32) -> Arguments:
+    return (_floats(8, n, dtype=dtype), bits, symmetric, True), {}
+
+
+def _gptq_block(n: int = 128, bits: int = 4, symmetric: bool = True, dtype: torch.dtype = _F32) -> Arguments:
+    weight = _floats(8, n, dtype=dtype)
+    return (weight, _floats(n, n, dtype=dtype), weight, None if symmetric else weight, bits), {}
 
 
 def _halves(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,8 @@ SHAPES = (
     *((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
     *((960, 576), (576, 576), (3072, 576), (576, 1536)),
 )
+HEADS = ((128256, 4096), (49152, 576))
+"""Of the same models; no method quantises them."""
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 MOST_LAUNCHES = 16
 FIRST, FINAL, FINALISTS = 3, 9, 4
@@ -49,16 +51,25 @@ STALLED = 45.0
 
 @dataclass(frozen=True)
 class Operation:
-    """How a linear's file is tuned: the rows it is meant for, and whether it takes floating-point inputs."""
+    """How a linear's file is tuned: the rows it is meant for, whether it takes floating-point inputs, and
+    whether weights are packed, or in bfloat16. shapes: of weights."""
 
     rows: tuple[int, ...]
     floating: bool = False
+    packed: bool = True
+    shapes: tuple[tuple[int, int], ...] = SHAPES
 
 
 OPERATIONS = {
     "linear_few": Operation(tuple(rows for rows in ROWS if rows <= 32)),
     "linear_many": Operation(tuple(rows for rows in ROWS if rows >= 16)),
     "linear_a16": Operation(tuple(rows for rows in ROWS if rows <= 64), floating=True),
+    "linear_dense": Operation(
+        tuple(rows for rows in ROWS if rows <= ops.FEW_ROWS),
+        floating=True,
+        packed=False,
+        shapes=(*SHAPES, *HEADS),
+    ),
 }
 
 
@@ -73,26 +84,36 @@ class Job:
     outputs: tuple[int, ...]
 
 
-def jobs(operations: Sequence[str], rows: Sequence[int], shapes: Sequence[tuple[int, int]]) -> Iterator[Job]:
-    """What is to be compiled. Neighbours differ in their choice and not in their rows alone: many a kernel
-    serves several numbers of rows, and should not be compiled by two processes at once."""
+def jobs(
+    operations: Sequence[str], rows: Sequence[int], shapes: Sequence[tuple[int, int]] | None
+) -> Iterator[Job]:
+    """What is to be compiled. shapes: of weights, None for each operation's own.
+
+    Neighbours differ in their choice and not in their rows alone: many a kernel serves several numbers of
+    rows, and should not be compiled by two processes at once."""
     for operation in operations:
         module = _module(operation)
         for count in rows:
             if count not in OPERATIONS[operation].rows:
                 continue
             wanted: dict[tuple[int, Any], list[int]] = {}
-            for outputs, inputs in shapes:
+            for outputs, inputs in OPERATIONS[operation].shapes if shapes is None else shapes:
                 for choice in module.candidates(count, outputs, inputs):
                     wanted.setdefault((inputs, choice), []).append(outputs)
             for (inputs, choice), found in wanted.items():
                 yield Job(operation, choice, count, inputs, tuple(found))
 
 
-def operands(operation: str, rows: int, outputs: int, inputs: int) -> tuple[Tensor | Quantised, PackedWeight]:
+def operands(
+    operation: str, rows: int, outputs: int, inputs: int
+) -> tuple[Tensor | Quantised, PackedWeight | Tensor]:
     """Random ones on the GPU; all codes occur."""
     device = torch.device("cuda")
     random = torch.Generator(device).manual_seed(rows * outputs + inputs)
+    if not OPERATIONS[operation].packed:
+        x = torch.randn(rows, inputs, device=device, generator=random).bfloat16()
+        values = torch.empty(outputs, inputs, dtype=torch.bfloat16, device=device)
+        return x, values.normal_(std=inputs**-0.5, generator=random)
     groups = 1
     if OPERATIONS[operation].floating and inputs % A16_GROUP == 0:
         groups = inputs // A16_GROUP
@@ -111,8 +132,11 @@ def operands(operation: str, rows: int, outputs: int, inputs: int) -> tuple[Tens
     return Quantised(codes, scale, None, None, 8), w
 
 
-def launch(operation: str, x: Tensor | Quantised, w: PackedWeight, choice: Any) -> Tensor:
+def launch(operation: str, x: Tensor | Quantised, w: PackedWeight | Tensor, choice: Any) -> Tensor:
     rows = (x if isinstance(x, Tensor) else x.codes).shape[0]
+    if isinstance(w, Tensor):
+        product: Tensor = _module(operation).dense(x, w, choice=choice, overlapped=rows <= AT_REST)
+        return product
     y: Tensor = _module(operation).linear(
         x, w, dtype=torch.bfloat16, choice=choice, weights_at_rest=rows <= AT_REST
     )
@@ -123,7 +147,8 @@ def compile_job(job: Job) -> tuple[Job, str | None]:
     """Run a job once at each of its shapes. Returns it with the reason why it cannot, or None."""
     for outputs in job.outputs:
         x, w = operands(job.operation, job.rows, outputs, job.inputs)
-        reason = _module(job.operation).unsupported(x, w, dtype=torch.bfloat16)
+        beside = {"dtype": torch.bfloat16} if OPERATIONS[job.operation].packed else {}
+        reason = _module(job.operation).unsupported(x, w, **beside)
         if reason is None:
             reason = _failure(partial(launch, job.operation, x, w, job.choice))
         if reason is not None:
@@ -186,10 +211,8 @@ def tune_shape(operation: str, choices: Sequence[Any], rows: int, outputs: int, 
     x, w = operands(operation, rows, outputs, inputs)
     copies = [w]
     flush = torch.empty(4 * _l2_bytes(), dtype=torch.int8, device="cuda")
-    while len(copies) < min(MOST_LAUNCHES, math.ceil(flush.nbytes / w.packed.nbytes)):
-        copies.append(
-            PackedWeight(w.packed.clone(), w.scale.clone(), None, w.bits, w.inputs, w.signed, w.axis)
-        )
+    while len(copies) < min(MOST_LAUNCHES, math.ceil(flush.nbytes / _stored(w).nbytes)):
+        copies.append(_copy(w))
     want = launch(operation, x, w, choices[0])
     # All run before the first is captured: what a kernel keeps between launches then no longer grows.
     for choice in choices:
@@ -205,6 +228,16 @@ def tune_shape(operation: str, choices: Sequence[Any], rows: int, outputs: int, 
     best = min(seconds, key=seconds.__getitem__)
     default = tuning.untuned(operation, rows, outputs, inputs)
     return Tuned(best, seconds[best], seconds.get(default, first.get(default)))
+
+
+def _stored(w: PackedWeight | Tensor) -> Tensor:
+    return w if isinstance(w, Tensor) else w.packed
+
+
+def _copy(w: PackedWeight | Tensor) -> PackedWeight | Tensor:
+    if isinstance(w, Tensor):
+        return w.clone()
+    return PackedWeight(w.packed.clone(), w.scale.clone(), None, w.bits, w.inputs, w.signed, w.axis)
 
 
 def check(operation: str, one: Any, want: Tensor, other: Any, found: Tensor) -> None:
@@ -270,7 +303,7 @@ def tune(todo: Sequence[Job], done: set[Job], table: tuning.Table, out: Path) ->
                 choices.append(job.choice)
     if done:
         warm()
-    print("operation, rows x outputs x inputs: µs (default µs), TB/s of packed weights, TOPS: choice")
+    print("operation, rows x outputs x inputs: µs (default µs), TB/s of weights, TOPS: choice")
     for (operation, rows, outputs, inputs), choices in shapes.items():
         key = tuning.shape_key(rows, outputs, inputs)
         if not choices:
@@ -282,8 +315,9 @@ def tune(todo: Sequence[Job], done: set[Job], table: tuning.Table, out: Path) ->
         written += 1
         default = "not timed" if best.default is None else f"{best.default * 1e6:.2f}"
         size = outputs * inputs
+        moved = size / 2 if OPERATIONS[operation].packed else 2 * size
         print(
-            f"{operation} {key}: {best.seconds * 1e6:.2f} ({default}), {size / 2e12 / best.seconds:.2f}, "
+            f"{operation} {key}: {best.seconds * 1e6:.2f} ({default}), {moved / 1e12 / best.seconds:.2f}, "
             f"{2 * rows * size / 1e12 / best.seconds:.0f}: {best.choice}",
             flush=True,
         )
@@ -324,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
-    parser.add_argument("--shapes", nargs="+", type=_shape, default=SHAPES, metavar="OUTPUTSxINPUTS")
+    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="OUTPUTSxINPUTS")
     parser.add_argument("--out", type=Path, default=tuning.TABLE)
     parser.add_argument("--processes", type=int, default=max(1, (cpu_count() or 1) - 2))
     parser.add_argument("--compile-seconds", type=float, default=100.0, help="leave out what takes longer")

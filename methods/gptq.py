@@ -9,12 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kernels.ops import find_range, gptq_block
+from kernels.weight_reference import code_dtype
 from methods.bits import LinearSpec
 from methods.errors import UserError
 from methods.groups import grouped, held, held_shape, runs_on
 from methods.linear import QuantisedWeight
 from methods.method import Method
-from methods.quantisers import find_range, from_codes, pack_dtype, to_codes
 
 BLOCK = 128
 
@@ -54,7 +55,11 @@ def solve(
     columns = shape[1]
     group = columns // held_shape(shape, spec)[1]
     static = group == columns or act_order or runs_on(shape, spec)
-    scales, zeros = _group_ranges(weight, spec) if static else ([], [])
+    if static:
+        scale, zero = _ranges(weight, spec)
+    else:
+        scale = weight.new_empty(len(weight), columns // group)
+        zero = None if spec.symmetric else torch.empty_like(scale)
     dead = hessian.diagonal() == 0  # zeroed after the ranges are found, as in the published code
     hessian = hessian.clone()
     hessian.diagonal()[dead] = 1
@@ -65,49 +70,45 @@ def solve(
         weight, hessian = weight[:, order], hessian[order][:, order]
     factor = inverse_factor(hessian, damp)
     del hessian
-    group_of = (order // group).tolist()  # asked for at once: on a GPU every answer is waited for
-
-    codes = torch.empty_like(weight)
+    group_of = order // group
+    codes = torch.empty_like(weight, dtype=code_dtype(spec.symmetric))
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        # Columns as rows: each step then reads and writes contiguous memory.
-        block = weight[:, start:stop].T.contiguous()
-        errors = torch.empty_like(block)
-        local = factor[start:stop, start:stop]
-        for i in range(stop - start):
-            column = start + i
-            if not static and column % group == 0:
-                scale, zero = find_range(
-                    weight[:, column : column + group], spec.bits, spec.symmetric, spec.search
-                )
-                scales.append(scale)
-                zeros.append(zero)
-            which = group_of[column]
-            scale, zero = scales[which][:, 0], zeros[which]
-            zero = None if zero is None else zero[:, 0]
-            rounded = to_codes(block[i], scale, zero, spec.bits)
-            codes[:, column] = rounded
-            errors[i] = (block[i] - from_codes(rounded, scale, zero)) / local[i, i]
-            block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
-        weight[:, stop:].addmm_(errors.T, factor[start:stop, stop:], alpha=-1)
+        if not static:
+            # Of all groups that begin in this block. As in the published code, their weights hold the errors
+            # of the blocks before it, not those of the columns before them in the same block.
+            _enter_ranges(weight, spec, slice(-(-start // group), -(-stop // group)), scale, zero)
+        members = group_of[start:stop]
+        codes[:, start:stop], errors = gptq_block(
+            weight[:, start:stop],
+            factor[start:stop, start:stop],
+            scale[:, members],
+            None if zero is None else zero[:, members],
+            spec.bits,
+        )
+        weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
     if act_order:
         codes = codes[:, order.argsort()]
-    return QuantisedWeight(
-        codes.to(pack_dtype(spec.symmetric)),
-        torch.cat(scales, dim=1),
-        None if spec.symmetric else torch.cat([zero for zero in zeros if zero is not None], dim=1),
-        spec,
-    )
+    return QuantisedWeight(codes, scale, zero, spec)
 
 
-def _group_ranges(weight: Tensor, spec: LinearSpec) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Scales and zero-points of every run of columns, each [out, 1]."""
+def _ranges(weight: Tensor, spec: LinearSpec) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero-points of every run of weight's columns, each [out, runs]."""
     shape = (weight.shape[0], weight.shape[1])
-    found = find_range(grouped(weight, spec), spec.bits, spec.symmetric, spec.search)
-    scale, zero = (None if part is None else held(part, shape, spec) for part in found)
-    assert scale is not None
-    scales = list(scale.split(1, dim=1))
-    return scales, [None] * len(scales) if zero is None else list(zero.split(1, dim=1))
+    scale, zero = find_range(grouped(weight, spec), spec.bits, spec.symmetric, spec.search)
+    return held(scale, shape, spec), None if zero is None else held(zero, shape, spec)
+
+
+def _enter_ranges(
+    weight: Tensor, spec: LinearSpec, groups: slice, scale: Tensor, zero: Tensor | None
+) -> None:
+    """Find the ranges of these groups of weight's columns and put them into scale and zero [out, groups]."""
+    group = weight.shape[1] // scale.shape[1]
+    rows = weight[:, groups.start * group : groups.stop * group].reshape(-1, group)
+    found_scale, found_zero = find_range(rows, spec.bits, spec.symmetric, spec.search)
+    scale[:, groups] = found_scale.view(len(weight), -1)
+    if zero is not None and found_zero is not None:
+        zero[:, groups] = found_zero.view(len(weight), -1)
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,10 +49,11 @@ class Decoding:
             logits = decoding.step(logits.argmax(-1))
 
     Quantisers must stay as they are from the first step on. A graph reads weights where they lay when it was
-    captured: where they have been replaced, the first step behind a prefill, a truncation or a reset captures
-    it anew; other steps do not look. Operations in a replayed graph are counted by `ops` as if they had been
-    called. Raises UserError where the GPU has no memory for the cache. Not for several threads, and all of a
-    GPU's on one stream: their graphs share the working memory of kernels.
+    captured: where they have been replaced, the first step behind a reset, or behind a prefill of nothing
+    held, captures it anew; other steps do not look. Operations in a replayed graph are counted by `ops` as if
+    they had been called. A step that cannot be captured warns and runs without a graph (`eager`). Raises
+    UserError where the GPU has no memory for the cache. Not for several threads. Replays on several streams
+    of a GPU wait for one another: graphs share the working memory of kernels.
     """
 
     def __init__(self, decoder: Decoder, batch: int, capacity: int) -> None:
@@ -121,6 +123,7 @@ class Decoding:
         if padded:
             self._real[:, :stop] = real
             self._place()
+        self._looked = self._looked and start > 0
         self._set_clock()
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
@@ -138,6 +141,7 @@ class Decoding:
             self._capture()
         if self.eager is None:
             captured = self._graphs[self._padded]
+            _in_turn(self.decoder.device)
             captured.graph.replay()
             ops.count_replay(captured.calls)
             logits = captured.logits
@@ -156,6 +160,7 @@ class Decoding:
             self._real[:, length:] = True
             self._padded = length > 0
             self._place()
+        self._looked = self._looked and length > 0
         self._set_clock()
 
     def reset(self) -> None:
@@ -183,7 +188,6 @@ class Decoding:
 
     def _set_clock(self) -> None:
         """For a continuation of what is held."""
-        self._looked = False
         torch.add(self._offsets, self.length, out=self._clock)
 
     def _pass(self) -> Tensor:
@@ -222,17 +226,21 @@ class Decoding:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                self.eager = _first_line(error)
+                self._give_up(error)
         torch.cuda.current_stream(device).wait_stream(stream)
         if self.eager is not None:
             return
+        if not self._graphs:  # a pool ends with its last graph, though tensors in it may still be held
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()
         gc.disable()  # what is freed while a graph is recorded can break it
         try:
-            # Other threads of the process may go on allocating.
+            # Other threads of the process may go on allocating. Where a capture fails to begin or to end,
+            # `graph` does not leave the stream.
             with (
                 torch.cuda.device(device),
+                torch.cuda.stream(stream),
                 torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
                 ops.weights_at_rest(),
                 ops.counted_apart() as calls,
@@ -243,18 +251,35 @@ class Decoding:
             raise
         except RuntimeError as error:  # the same step runs without a graph
             torch.cuda.synchronize(device)
-            self.eager = _first_line(error)
+            self._give_up(error)
             return
         finally:
             if collecting:
                 gc.enable()
         self._graphs[self._padded] = _Captured(graph, logits, calls, _places(self.decoder))
 
+    def _give_up(self, error: RuntimeError) -> None:
+        """Run steps without a graph from now on, and say so."""
+        self.eager = next(iter(str(error).splitlines()), type(error).__name__)
+        warnings.warn(f"decode steps run without a CUDA graph: {self.eager}", stacklevel=4)
+
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all decodings of a GPU: kernels keep working memory for each stream they are captured on."""
     return torch.cuda.Stream(device)
+
+
+_replayed_on: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _in_turn(device: torch.device) -> None:
+    """Let a replay on the current stream wait for the last one of this GPU, if that was on another stream."""
+    current = torch.cuda.current_stream(device)
+    last = _replayed_on.get(device)
+    if last is not None and last != current:
+        current.wait_stream(last)
+    _replayed_on[device] = current
 
 
 def _places(decoder: Decoder) -> list[object]:
@@ -265,10 +290,6 @@ def _places(decoder: Decoder) -> list[object]:
         if isinstance(module, Linear) and module.packed is not None:
             held += vars(module.packed).values()
     return [(part.data_ptr(), part.shape, part.dtype) for part in held if isinstance(part, Tensor)]
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _rows(decoder: Decoder, batch: int, capacity: int, device: torch.device) -> list[tuple[Rows, Rows]]:
@@ -298,12 +319,16 @@ def _refuse_too_large(decoder: Decoder, batch: int, capacity: int) -> None:
         )
 
 
+_one_at_a_time = threading.Lock()
+
+
 @contextmanager
 def _waiting_refused() -> Iterator[None]:
     """Inside, an operation that makes the host wait for the GPU raises RuntimeError, which tells it apart
-    before a capture, that it would spoil."""
-    mode = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
+    before a capture, that it would spoil. Both the mode and the filter of warnings are the process's: other
+    threads that wait for the GPU meanwhile fail too, and one at a time may be in here."""
+    with _one_at_a_time, warnings.catch_warnings():
+        mode = torch.cuda.get_sync_debug_mode()
         warnings.simplefilter("ignore")  # the mode calls itself a prototype
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -20,11 +20,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kernels.weight_reference import code_dtype
 from methods.bits import LinearSpec
 from methods.groups import grouped, held, ungrouped
 from methods.linear import QuantisedWeight
 from methods.method import Method
-from methods.quantisers import pack_dtype
 
 STEPS, POWER, BETA, GROWTH = 20, 0.7, 10.0, 1.01
 _NO_RANGE, _LARGEST = 1e-4, 2e4
@@ -52,7 +52,7 @@ def round_hqq(weight: Tensor, spec: LinearSpec) -> QuantisedWeight:
     if spec.bits == 4:
         zero = zero.round()
     zero = _solve(groups, inverse, zero, top)
-    codes = _codes(groups, inverse, zero, top).to(pack_dtype(symmetric=False))
+    codes = _codes(groups, inverse, zero, top).to(code_dtype(symmetric=False))
     step = 1.0 / inverse
     if spec.meta:
         step, zero = _in_eight_bits(step, META_GROUP), _in_eight_bits(zero, None)

@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kernels import ops
+from kernels.weight_reference import code_dtype, to_codes
 from methods.bits import LinearSpec
 from methods.groups import grouped, held, ungrouped
 from methods.linear import QuantisedWeight
 from methods.method import Method
-from methods.quantisers import find_range, pack_dtype, to_codes
 
 
 def round_to_nearest(weight: Tensor, spec: LinearSpec) -> QuantisedWeight:
@@ -20,8 +21,8 @@ def round_to_nearest(weight: Tensor, spec: LinearSpec) -> QuantisedWeight:
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     shape = (weight.shape[0], weight.shape[1])
     groups = grouped(weight, spec)
-    scale, zero = find_range(groups, spec.bits, spec.symmetric, spec.search)
-    codes = to_codes(groups, scale, zero, spec.bits).to(pack_dtype(spec.symmetric))
+    scale, zero = ops.find_range(groups, spec.bits, spec.symmetric, spec.search)
+    codes = to_codes(groups, scale, zero, spec.bits).to(code_dtype(spec.symmetric))
     return QuantisedWeight(
         ungrouped(codes, shape, spec).contiguous(),
         held(scale, shape, spec),

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.kv_reference import rotate
+from kernels.ops import find_range
 from kernels.reference import fake_quantise
 from methods.bits import ActivationSpec, KVSpec
 from methods.decoder import Attention, Block, Decoder, RMSNorm, State, attention_mask
@@ -39,7 +40,6 @@ from methods.function_preserving import (
     residual_matrix,
 )
 from methods.gradients import straight_through
-from methods.quantisers import find_range
 from methods.transforms import READERS, WRITERS, Edit, merge_online
 
 CHUNK = 128  # tokens whose logits exist at a time
@@ -211,7 +211,7 @@ class Student:
 
 @torch.no_grad()
 def best_shares(student: Student, parameters: Parameters, bits: int) -> dict[tuple[int, str], Tensor]:
-    """For `Student.shares`: what the search of methods/quantisers.py finds on the merged weights."""
+    """For `Student.shares`: what the search for ranges finds on the merged weights."""
     residual = residual_matrix(parameters)
     shares = {}
     for layer, block in enumerate(student.model.layers):

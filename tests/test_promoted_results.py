@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from harness import stats
-from harness.records import Cell, read_run
+from harness import compare, stats
+from harness.records import Cell, read_cell, read_run
 from harness.report import write_report
 from kernels import verdicts
+from kernels.targets import BF16_ATTENTION
 
 TASK = "perplexity_wikipedia"
 
@@ -138,3 +139,82 @@ def test_the_speeds_of_decoders_in_the_readme_are_those_on_record(root: Path) ->
     held = [row(form, "decode", 8, 32768) for form in ("w4a4kv4", "bf16")]
     share = (held[0]["weights"] + held[0]["kv"]) / (held[1]["weights"] + held[1]["kv"])
     assert f"take {share:.3f} of bf16's bytes" in readme
+
+
+def test_the_speeds_of_attention_in_the_readme_are_those_on_record(root: Path) -> None:
+    record = json.loads((root / "results" / "reference" / "kv-attention-h100.json").read_text())
+    readme = " ".join((root / "README.md").read_text().split())
+
+    def turns(layer: str, rows: int, *others: str) -> list[float]:
+        """Of each turn, the seconds of the fastest contestant of 16 bits, or of those named."""
+        found = [
+            row["seconds"]
+            for row in record["results"]
+            if (row["operation"], row["layer"], row["rows"]) == ("kv_attention", layer, rows)
+            and row["seconds"]
+            and (row["name"] in others or (not others and row["name"] in BF16_ATTENTION))
+        ]
+        return [min(turn) for turn in zip(*found, strict=True)]
+
+    def faster(layer: str, rows: int) -> float:
+        pairs = zip(turns(layer, rows), turns(layer, rows, "ours kv4"), strict=True)
+        return statistics.median(wide / packed for wide, packed in pairs)
+
+    one, eight = (statistics.median(turns(f"batch {n}", 32768, "ours kv4")) * 1e6 for n in (1, 8))
+    cudnn = statistics.median(turns("batch 1", 32768, "torch cuDNN")) * 1e6
+    assert f"takes {one:.0f} µs at batch 1, {faster('batch 1', 32768):.2f} times" in readme
+    assert f"cuDNN's takes {cudnn:.0f} µs), and {eight:.0f} µs at batch 8, " in readme
+    assert f"at batch 8, {faster('batch 8', 32768):.2f} times; behind 1024" in readme
+    assert f"take most of the time, {faster('batch 1', 1024):.2f} times" in readme
+
+
+def moved(root: Path, folder: str) -> dict[tuple[str, str], list[tuple[float, float, float]]]:
+    """Of each cell below results/reference/folder: the log-perplexity of the same cell on one CPU thread, the
+    difference from it (nats), and its paired standard error."""
+    reference = root / "results" / "reference"
+
+    def key(cell: Cell) -> tuple[str, str]:
+        return str(cell.record["method"]["name"]), str(cell.bits)
+
+    base = {key(cell): cell for cell in read_run(reference / "int4").cells}
+    found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    for record in sorted((reference / folder).rglob("cell.json")):
+        cell = read_cell(record.parent)
+        before = base[key(cell)].samples(TASK)
+        paired = stats.paired_log_perplexity(before, cell.samples(TASK))
+        level = stats.log_perplexity(before).value
+        found.setdefault(key(cell), []).append((level, paired.value, paired.stderr))
+    return found
+
+
+def test_the_cells_of_another_machine_in_the_readme_are_those_on_record(root: Path) -> None:
+    readme = " ".join((root / "README.md").read_text().split())
+    cells = moved(root, "int4-h100")
+    assert len(cells) == 6
+    for (name, bits), [(level, difference, error)] in cells.items():
+        if name == "float":
+            assert f"| float | {level:.4f} | {difference:+.5f} |" in readme
+            continue
+        row = f"| {name} {bits} | {level:.4f} | {difference:+.4f} ({difference / level:+.2%}) |"
+        assert row.replace("%", " %") in readme
+        assert f"| {error:.4f} |" in readme
+
+
+def test_harmless_changes_in_the_readme_are_those_on_record(root: Path) -> None:
+    readme = " ".join((root / "README.md").read_text().split())
+    [(level, difference, _)] = moved(root, "int4-harmless/avx2g")["gptq", "w4a16"]
+    assert f"gptq w4a16 by {difference / level:+.2%}".replace("%", " %") in readme
+    noise = [
+        difference / level
+        for seed in (1, 2, 3, 4)
+        for level, difference, _ in moved(root, f"int4-harmless/noise-rtn-{seed}")["rtn", "w4a4kv4"]
+    ]
+    assert f"by {min(noise):+.2%} to {max(noise):+.2%}".replace("%", " %") in readme
+
+
+def test_the_cells_of_another_machine_are_within_the_stated_bounds(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [str(root / "results" / "reference" / name) for name in ("int4", "int4-h100")]
+    assert compare.main([*folders, "--within"]) == 0
+    assert "within bounds: all 23 comparisons of 6 cells" in capsys.readouterr().out

@@ -22,7 +22,7 @@ from kernels.compiled import Compilation, divisible
 from kernels.reference import PackedWeight, Quantised
 from kernels.refusals import UnsupportedError
 from kernels.triton.launching import Launch, by_form
-from kernels.triton.operands import HALVES, Beside
+from kernels.triton.operands import HALVES, Beside, unsupported_linear
 
 # Packed bytes of a row that a program takes, at most, and at least where rows have groups.
 _LONGEST, _SHORTEST = 256, 16
@@ -103,8 +103,9 @@ def unsupported(x: Tensor | Quantised, w: PackedWeight, **beside: Unpack[Beside]
         return "groups along axis 0"
     if x.dtype not in HALVES:
         return f"inputs in {x.dtype}"
-    if torch.is_grad_enabled() and (x.requires_grad or w.scale.requires_grad):
-        return "inputs that need gradients"
+    reason = unsupported_linear(x, w, x_keep, w_keep, beside.get("row_scale"), bias)
+    if reason is not None:
+        return reason
     if w.scale.dtype != torch.float32:
         return "scales that are not float32"
     if w.zero is not None and (w.zero.dtype != torch.float32 or w.zero.shape != w.scale.shape):

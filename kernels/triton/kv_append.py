@@ -18,8 +18,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.compiled import Compilation, divisible
 from kernels.kv_reference import PackedRows, Rows, kv_rows
-from kernels.triton.kv_dequantise import unsupported_rows
+from kernels.triton.kv_dequantise import tensors_of, unsupported_rows
 from kernels.triton.launching import Launch, by_form
+from kernels.triton.operands import unsupported_together
 from kernels.triton.quantise import DTYPES, check
 from kernels.triton.rounding import (
     codes,
@@ -271,8 +272,9 @@ def unsupported(
 ) -> str | None:
     """Why these operands cannot run here, in a phrase; None where they can."""
     given = (query, key, value, cos, sin)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
-        return "inputs that need gradients"
+    reason = unsupported_together(*given, *tensors_of(keys), *tensors_of(values))
+    if reason is not None:
+        return reason
     if not query.is_cuda and not triton.knobs.runtime.interpret:
         return f"a tensor on the {query.device.type.upper()}"
     if query.dtype not in DTYPES or any(x.dtype != query.dtype for x in given):

@@ -12,9 +12,9 @@ besides (tests/gpu/test_kv_on_cuda.py).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -26,13 +26,18 @@ from kernels.compiled import Compilation, divisible
 from kernels.kv_reference import PackedRows, Rows
 from kernels.triton import kv_dequantise
 from kernels.triton.kv_decode import QUERIES, attend, combine
+from kernels.triton.launching import MOST, Launch, by_form
+from kernels.triton.operands import unsupported_together
 from kernels.triton.quantise import check
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 HEAD_DIMS = (64, 128)
 MOST_SPLITS = 64
-# Programs of four warps, 32 positions each, that a multiprocessor holds, by bits and head dimension.
+COMBINING = {"num_warps": 4, "launch_pdl": True}
+# Programs of four warps, 32 positions each, that a multiprocessor's registers hold, by bits and head
+# dimension. float16 queries take more of them beside codes.
 PROGRAMS = {(4, 64): 4, (8, 64): 4, (4, 128): 3, (8, 128): 2}
+PROGRAMS_FLOAT16 = {**PROGRAMS, (4, 128): 2}
 
 
 @dataclass(frozen=True)
@@ -62,54 +67,95 @@ def kv_attention(
     choice: None takes the default for these rows. overlapped: as in `quantise`. Raises ValueError, naming
     what does not fit, where `unsupported` does.
     """
-    check(unsupported(query, keys, values, length, mask=mask))
     if query.shape[2] > 1:
+        _check_prompt(query, keys, values, length)
         assert isinstance(keys, PackedRows) and isinstance(values, PackedRows) and isinstance(length, int)
         key, value = (
             kv_dequantise.kv_dequantise(rows, length, query.dtype, overlapped=overlapped)
             for rows in (keys, values)
         )
         return kv_reference.dense_attention(query, key, value, mask)
+    first = length if isinstance(length, Tensor) else 1  # what is found serves all numbers
+    made = _made(query, keys, values, first, mask, choice, overlapped)
+    check(_unsupported_length(keys, length, mask))
     batch, heads, _, width = query.shape
-    pairs, group = _pairs(keys), heads // _held(keys).shape[1]
-    bits = keys.bits if isinstance(keys, PackedRows) else 16
-    choice = choice or default(bits, width)
-    room = _held(keys).shape[2]
+    pairs, group, room = made.pairs, heads * batch // made.pairs, _held(keys).shape[2]
     given = length if isinstance(length, int) else room
-    splits = splits_of(given, pairs, choice, _multiprocessors(query.device))
+    splits = splits_of(given, pairs, made.choice, _multiprocessors(query.device))
     partial = torch.empty(pairs, splits, group, width, dtype=torch.float32, device=query.device)
     stats = torch.empty(pairs, splits, 2, QUERIES, dtype=torch.float32, device=query.device)
     out = torch.empty(batch, heads, 1, width, dtype=query.dtype, device=query.device)
-    aligned = room % 4 == 0 and choice.positions % 32 == 0
-    k, v = _operands(keys, stats, aligned), _operands(values, stats, aligned)
+    k, v = _operands(keys, stats, made.aligned), _operands(values, stats, made.aligned)
     seen = stats if mask is None else mask.view(torch.uint8)
-    step = 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
-    with torch.cuda.device_of(query):
-        attend[(splits, pairs)](
-            query, *k, *v, seen, partial, stats, length, room, splits, step,
-            query.stride(0), query.stride(1), *k[0].stride()[:2], *v[0].stride()[:2],
-            width**-0.5 * math.log2(math.e), k[0].stride(2), v[0].stride(2),
-            **_constants(
-                query.dtype, _held(keys).shape[1], group, width, bits, _symmetric(keys), _static(keys),
-                mask is not None, isinstance(length, Tensor), aligned, choice,
-                overlapped,
-            ),
-            num_warps=choice.warps, launch_pdl=overlapped,
-        )  # fmt: skip
-        # Launched while the splits are still computed, and waits for them.
-        combine[(batch * heads,)](
-            partial, stats, out, splits, GROUP=group, D=width, SPLITS=triton.next_power_of_2(splits),
-            num_warps=4, launch_pdl=True,
-        )  # fmt: skip
+    attending, combining = made.launches(splits)
+    attending(query, *k, *v, seen, partial, stats, length)
+    combining(partial, stats, out)
     return out
+
+
+@dataclass(frozen=True)
+class Made:
+    """What operands of one form have in common, but for their length. pairs: of a sequence and a head of its
+    keys. aligned: as in `_operands`. launches: of `attend` and of `combine`, by the number of splits."""
+
+    pairs: int
+    choice: Choice
+    aligned: bool
+    launches: Callable[[int], tuple[Launch, Launch]]
+
+
+@by_form
+def _made(
+    query: Tensor,
+    keys: Rows,
+    values: Rows,
+    length: int | Tensor,
+    mask: Tensor | None,
+    choice: Choice | None,
+    overlapped: bool,
+) -> Made:
+    check(unsupported(query, keys, values, length, mask=mask))
+    batch, heads, _, width = query.shape
+    pairs, held, device = _pairs(keys), _held(keys).shape[1], query.device
+    bits = keys.bits if isinstance(keys, PackedRows) else 16
+    picked = choice or default(bits, width, query.dtype)
+    room, group = _held(keys).shape[2], heads // held
+    aligned = room % 4 == 0 and picked.positions % 32 == 0
+    step = 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
+    k, v = (_words(rows).stride() for rows in (keys, values))
+    strides = (query.stride(0), query.stride(1), *k[:2], *v[:2])
+    constants = {"KEY_ROW": k[2], "VALUE_ROW": v[2]} | _constants(
+        query.dtype, held, group, width, bits, _symmetric(keys), _static(keys), mask is not None,
+        isinstance(length, Tensor), aligned, picked, overlapped,
+    )  # fmt: skip
+    options = {"num_warps": picked.warps, "launch_pdl": overlapped}
+
+    @cache
+    def launches(splits: int) -> tuple[Launch, Launch]:
+        numbers = (room, splits, step, *strides, width**-0.5 * math.log2(math.e))
+        summands = {"GROUP": group, "D": width, "SPLITS": triton.next_power_of_2(splits)}
+        return (
+            Launch(attend, (splits, pairs), numbers, constants, options, device),
+            # Launched while the splits are still computed, and waits for them.
+            Launch(combine, (batch * heads,), (splits,), summands, COMBINING, device),
+        )
+
+    return Made(pairs, picked, aligned, launches)
+
+
+@by_form
+def _check_prompt(query: Tensor, keys: Rows, values: Rows, length: int | Tensor) -> None:
+    check(unsupported(query, keys, values, length))
 
 
 def unsupported(
     query: Tensor, keys: Rows, values: Rows, length: int | Tensor, *, mask: Tensor | None = None
 ) -> str | None:
     """Why these operands cannot run here, in a phrase; None where they can."""
-    if torch.is_grad_enabled() and query.requires_grad:
-        return "inputs that need gradients"
+    tensors = kv_dequantise.tensors_of
+    reason = unsupported_together(query, *tensors(keys), *tensors(values))
+    if reason is not None:
+        return reason
     if query.dtype not in DTYPES:
         return f"{query.dtype} queries"
     if query.dim() != 4 or query.stride(-1) != 1:
@@ -137,21 +183,29 @@ def unsupported(
         return f"{heads // held.shape[1]} query heads to a key (up to {QUERIES} fit)"
     if held.shape[0] * held.shape[1] > 65535:
         return f"{held.shape[0] * held.shape[1]} heads of a batch"
-    if isinstance(length, int):
-        if not 0 < length <= held.shape[2]:
-            return f"{length} of {held.shape[2]} positions"
-    elif length.dtype != torch.int64 or length.dim():
-        return f"a length in {length.dtype} {list(length.shape)}"
-    elif length.device != query.device:
-        return f"a length on {length.device} for queries on {query.device}"
+    if isinstance(length, Tensor):
+        if length.dtype != torch.int64 or length.dim():
+            return f"a length in {length.dtype} {list(length.shape)}"
+        if length.device != query.device:
+            return f"a length on {length.device} for queries on {query.device}"
     if mask is not None:
-        seen = length if isinstance(length, int) else held.shape[2]
         if mask.device != query.device:
             return f"a mask on {mask.device} for queries on {query.device}"
         if mask.dtype != torch.bool or mask.dim() != 4 or mask.stride(-1) != 1:
             return f"a mask in {mask.dtype} {list(mask.shape)}"
-        if mask.shape[0] not in (1, batch) or mask.shape[1:3] != (1, 1) or mask.shape[3] < seen:
-            return f"a mask {list(mask.shape)} for {seen} positions"
+        if mask.shape[0] not in (1, batch) or mask.shape[1:3] != (1, 1):
+            return f"a mask {list(mask.shape)} for {batch} sequences"
+    return _unsupported_length(keys, length, mask)
+
+
+def _unsupported_length(rows: Rows, length: int | Tensor, mask: Tensor | None) -> str | None:
+    """What can be refused at one length, and not at another."""
+    room = _held(rows).shape[2]
+    if isinstance(length, int) and not 0 < length <= room:
+        return f"{length} of {room} positions"
+    seen = length if isinstance(length, int) else room
+    if mask is not None and mask.shape[3] < seen:
+        return f"a mask {list(mask.shape)} for {seen} positions"
     return None
 
 
@@ -186,11 +240,13 @@ def _unsupported_rows(rows: Rows, query: Tensor) -> str | None:
     return None
 
 
-def default(bits: int, width: int) -> Choice:
-    """As many bytes on their way, and as many programs, as registers hold."""
-    return Choice(positions=16 if bits == 16 else 32, programs=PROGRAMS.get((bits, width), 2))
+def default(bits: int, width: int, dtype: torch.dtype) -> Choice:
+    """As many bytes on their way, and as many programs, as registers hold. dtype: of the queries."""
+    programs = PROGRAMS_FLOAT16 if dtype == torch.float16 else PROGRAMS
+    return Choice(positions=16 if bits == 16 else 32, programs=programs.get((bits, width), 2))
 
 
+@lru_cache(maxsize=MOST)
 def splits_of(length: int, pairs: int, choice: Choice, multiprocessors: int) -> int:
     """Into how many parts of equal length the context is cut: those for which a program's steps, times the
     rounds in which all programs run, are fewest, a program counting one and a half steps besides."""
@@ -224,12 +280,17 @@ def _static(rows: Rows) -> bool:
     return isinstance(rows, PackedRows) and rows.poisoned is not None
 
 
+def _words(rows: Rows) -> Tensor:
+    return _held(rows).view(torch.int32)
+
+
 def _operands(rows: Rows, none: Tensor, aligned: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Words, scales or flags, zero-points, and the static scale; `none` stands for what is not touched.
     aligned: what each position has one byte of comes in words of four."""
+    words = _words(rows)
     if isinstance(rows, Tensor):
-        return rows.view(torch.int32), none, none, none
-    words, of_bytes = rows.codes.view(torch.int32), torch.int32 if aligned else torch.uint8
+        return words, none, none, none
+    of_bytes = torch.int32 if aligned else torch.uint8
     if rows.poisoned is None:
         return words, rows.scale, none if rows.zero is None else rows.zero.view(of_bytes), none
     zero = none if rows.zero is None else rows.zero.to(torch.float32)
@@ -269,6 +330,8 @@ def compilations() -> Iterator[Compilation]:
         ("bf16, D 128", 16, 128, {"symmetric": True}),
         ("bf16, D 64", 16, 64, {"symmetric": True}),
         ("kv4, D 128, float16", 4, 128, {"dtype": torch.float16}),
+        ("kv4, D 64, float16", 4, 64, {"dtype": torch.float16}),
+        ("kv8, D 64, float16", 8, 64, {"dtype": torch.float16}),
         ("kv8, D 128, static, symmetric, mask", 8, 128, {"static": True, "symmetric": True, "masked": True}),
         ("kv4, D 128, static", 4, 128, {"static": True}),
     ):
@@ -276,7 +339,7 @@ def compilations() -> Iterator[Compilation]:
     yield Compilation(
         "kv_attention combine", combine,
         {"partial": "*fp32", "stats": "*fp32", "out": "*bf16", "splits": "i32"},
-        {"GROUP": 4, "D": 128, "SPLITS": 64}, {"num_warps": 4, "launch_pdl": True}, expect=("LDG.E.128",),
+        {"GROUP": 4, "D": 128, "SPLITS": 64}, COMBINING, expect=("LDG.E.128",),
     )  # fmt: skip
 
 
@@ -297,7 +360,7 @@ def _compilation(
         **dict.fromkeys((*strides, "splits", "mask_stride"), "i32"),
         "factor": "fp32",
     }
-    choice = default(bits, width)
+    choice = default(bits, width, dtype)
     row = width * bits // 32
     constants = {"KEY_ROW": row, "VALUE_ROW": row} | _constants(
         dtype, 8, 4, width, bits, symmetric, static, masked, True, choice.positions % 32 == 0, choice, True

@@ -9,8 +9,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.compiled import Compilation, divisible
-from kernels.kv_reference import PackedRows
+from kernels.kv_reference import PackedRows, Rows
 from kernels.triton.launching import Launch, by_form
+from kernels.triton.operands import unsupported_together
 from kernels.triton.quantise import DTYPES, check
 from kernels.triton.rounding import narrow
 
@@ -91,6 +92,9 @@ def _launch(rows: PackedRows, length: int, dtype: torch.dtype, overlapped: bool)
 
 def unsupported(rows: PackedRows, length: int, dtype: torch.dtype) -> str | None:
     """Why these rows cannot be dequantised here, in a phrase; None where they can."""
+    reason = unsupported_together(*tensors_of(rows))
+    if reason is not None:
+        return reason
     if dtype not in DTYPES:
         return f"{dtype} results"
     if not 0 <= length <= rows.codes.shape[2]:
@@ -98,6 +102,10 @@ def unsupported(rows: PackedRows, length: int, dtype: torch.dtype) -> str | None
     if rows.codes.shape[0] * rows.codes.shape[1] > 65535:
         return f"{rows.codes.shape[0] * rows.codes.shape[1]} heads of a batch"
     return unsupported_rows(rows)
+
+
+def tensors_of(rows: Rows) -> tuple[Tensor | None, ...]:
+    return (rows,) if isinstance(rows, Tensor) else (rows.codes, rows.scale, rows.zero, rows.poisoned)
 
 
 def unsupported_rows(rows: PackedRows) -> str | None:

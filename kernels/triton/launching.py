@@ -44,16 +44,21 @@ def _of_tensor(x: Tensor) -> Any:
     return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNED, x.requires_grad
 
 
+def _of_detached(value: Any) -> Any:
+    return _of_tensor(value)[:-1] if _FORMS.get(type(value)) is _of_tensor else value
+
+
 def _of_codes(q: Quantised) -> Any:
     return _of_tensor(q.codes), _of_tensor(q.scale), form(q.zero), q.group, q.bits
 
 
 def _of_kept(value: PackedWeight | PackedRows) -> Any:
-    """Found once, and kept with what stays as it is and meets many inputs."""
-    held = vars(value)
+    """Found once, and kept with what stays as it is and meets many inputs; but for gradients, that can be
+    asked for later."""
+    held, zero = vars(value), value.zero
     if _FORM not in held:
-        held[_FORM] = tuple(form(getattr(value, field.name)) for field in fields(value))
-    return held[_FORM]
+        held[_FORM] = tuple(_of_detached(getattr(value, field.name)) for field in fields(value))
+    return held[_FORM], value.scale.requires_grad, zero is not None and zero.requires_grad
 
 
 _FORM = "_form"

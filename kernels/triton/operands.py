@@ -1,4 +1,4 @@
-"""What the linears' kernels ask of their operands, before anything is launched."""
+"""What kernels ask of their operands, above all the linears', before anything is launched."""
 
 from typing import Required, TypedDict
 
@@ -34,7 +34,8 @@ def unsupported(
 ) -> str | None:
     """Why no linear's kernel takes these operands of `reference.linear`, in a phrase; None where one may.
 
-    Shapes that fit nothing are refused like those that only kernels do not take. Devices are not looked at.
+    Shapes that fit nothing are refused like those that only kernels do not take. Which device it is, is not
+    looked at.
     """
     outputs, inputs = w.packed.shape[0], w.inputs
     given = x if isinstance(x, Tensor) else x.codes
@@ -43,6 +44,7 @@ def unsupported(
     if w.axis == 0:
         return "groups along axis 0"
     reason = _unsupported_floats(x, w) if isinstance(x, Tensor) else _unsupported_codes(x, w)
+    reason = reason or unsupported_linear(x, w, x_keep, w_keep, row_scale, bias)
     if reason is not None:
         return reason
     if w.scale.dtype != torch.float32:
@@ -61,6 +63,22 @@ def unsupported(
     if not isinstance(x, Tensor) and x.scale.numel() != rows:
         return f"input scales {tuple(x.scale.shape)} for {rows} rows"
     return _unsupported_extras(x_keep, w_keep, row_scale, bias, rows, outputs)
+
+
+def unsupported_linear(x: Tensor | Quantised, w: PackedWeight, *beside: Tensor | None) -> str | None:
+    """`unsupported_together` of what a linear is given."""
+    inputs = (x,) if isinstance(x, Tensor) else (x.codes, x.scale, x.zero)
+    return unsupported_together(*inputs, w.packed, w.scale, w.zero, *beside)
+
+
+def unsupported_together(*given: Tensor | None) -> str | None:
+    """Why no kernel takes these operands together, or None: none has gradients, or reads another device."""
+    there = [operand for operand in given if operand is not None]
+    if torch.is_grad_enabled() and any(operand.requires_grad for operand in there):
+        return "inputs that need gradients"
+    if any(operand.device != there[0].device for operand in there):
+        return "operands on several devices"
+    return None
 
 
 def _unsupported_codes(x: Quantised, w: PackedWeight) -> str | None:
@@ -84,8 +102,6 @@ def _unsupported_codes(x: Quantised, w: PackedWeight) -> str | None:
 def _unsupported_floats(x: Tensor, w: PackedWeight) -> str | None:
     if x.dtype not in HALVES:
         return f"inputs in {x.dtype}"
-    if torch.is_grad_enabled() and x.requires_grad:
-        return "inputs that need gradients"
     if w.zero is not None and (w.zero.dtype != torch.float32 or w.zero.shape != w.scale.shape):
         return f"zero-points {tuple(w.zero.shape)} in {w.zero.dtype}"
     return None

@@ -248,3 +248,19 @@ def codes(x, recipe, SYMMETRIC: tl.constexpr, CLAMP: tl.constexpr, WIDE: tl.cons
     if SYMMETRIC:
         return whole
     return whole + zero
+
+
+@triton.jit
+def nearest(x, scale, zero, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The codes of x as whole float32 numbers, as `weight_reference.to_codes` has them, NaN for NaN."""
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    low = 0.0 - (1 << (BITS - 1)) if SYMMETRIC else 0.0 - zero
+    # Clamped before it is rounded: the same between whole bounds, and small enough for the shift.
+    q = (smaller(larger(tl.div_rn(x, scale), low), low + LEVELS) + _SHIFT) - _SHIFT
+    return q if SYMMETRIC else q + zero
+
+
+@triton.jit
+def dequantised(whole, scale, zero, SYMMETRIC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The values that such codes stand for."""
+    return whole * scale if SYMMETRIC else (whole - zero) * scale

@@ -163,7 +163,7 @@ def splits(decoder: Decoder, batch: int, capacity: int) -> int:
     block = decoder.layers[0]
     assert isinstance(block, Block)
     spec, config = block.self_attn.kv, decoder.config
-    choice = kv_attention.default(16 if spec is None else spec.bits, config.head_dim)
+    choice = kv_attention.default(16 if spec is None else spec.bits, config.head_dim, decoder.dtype)
     processors = torch.cuda.get_device_properties(decoder.device).multi_processor_count
     return kv_attention.splits_of(capacity, batch * config.kv_heads, choice, processors)
 
@@ -240,6 +240,69 @@ def test_replaced_weights_are_not_those_of_the_graph(checkpoints: dict[str, Chec
     assert decoding._graphs[False] is not first
 
 
+def test_weights_are_replaced_while_logits_are_held(checkpoints: dict[str, Checkpoint]) -> None:
+    """Logits lie in the memory of the graph that gave them."""
+    decoder = build(checkpoints["llama-gqa-tied"], "w4a8kv8")
+    decoding, other = Decoding(decoder, 3, 60), launched(decoder, 3, 60)
+    decoding.prefill(IDS.cuda())
+    held = decoding.step(IDS[:, 0].cuda())
+    for _, linear in decoder.linears():
+        assert linear.packed is not None
+        linear.packed = replace(linear.packed, scale=linear.packed.scale.flip(0).contiguous())
+    for one in (decoding, other):
+        one.reset()
+        one.prefill(IDS.cuda())
+    tokens = IDS[:, 0].cuda()
+    assert torch.equal(decoding.step(tokens), other.step(tokens))
+    assert captured(decoding), decoding.eager
+    assert bool(held.isfinite().all())
+
+
+@pytest.mark.parametrize("when", ["capture_begin", "capture_end"])
+def test_a_capture_that_fails_leaves_its_stream(
+    checkpoints: dict[str, Checkpoint], when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = build(checkpoints["llama-gqa-tied"], "w4a8kv8")
+    decoding, other = Decoding(decoder, 3, 60), launched(decoder, 3, 60)
+    done = getattr(torch.cuda.CUDAGraph, when)
+
+    def fail(graph: torch.cuda.CUDAGraph, *given: Any, **named: Any) -> None:
+        if when == "capture_end":
+            done(graph, *given, **named)
+        raise RuntimeError("no graph today")
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, when, fail)
+    before = torch.cuda.current_stream()
+    for one in (decoding, other):
+        one.prefill(IDS.cuda())
+    with pytest.warns(UserWarning, match="without a CUDA graph: no graph today"):
+        got = decoding.step(IDS[:, 0].cuda())
+    assert torch.cuda.current_stream() == before
+    assert decoding.eager == "no graph today"
+    assert torch.equal(got, other.step(IDS[:, 0].cuda()))
+
+
+def test_two_streams_replay_what_one_does(checkpoints: dict[str, Checkpoint]) -> None:
+    """Two decodings by turns, each on a stream of its own and none waiting for the host."""
+    decoder = build(checkpoints["llama-gqa-tied"], "w4a8kv8")
+    both, streams = [Decoding(decoder, 3, 60) for _ in range(2)], [torch.cuda.Stream() for _ in range(2)]
+    prompts = [IDS.cuda(), IDS.flip(0).cuda()]
+    want = []
+    for decoding, ids in zip(both, prompts, strict=True):
+        decoding.prefill(ids)
+        want.append(torch.stack([decoding.step(ids[:, place]).clone() for place in range(20)]))
+        decoding.truncate(ids.shape[1])
+    torch.cuda.synchronize()
+    found: list[list[Tensor]] = [[], []]
+    for place in range(20):
+        for decoding, ids, stream, logits in zip(both, prompts, streams, found, strict=True):
+            with torch.cuda.stream(stream):
+                logits.append(decoding.step(ids[:, place]).clone())
+    torch.cuda.synchronize()
+    for logits, wanted in zip(found, want, strict=True):
+        assert torch.equal(torch.stack(logits), wanted)
+
+
 def test_what_waits_for_the_host_is_launched(checkpoints: dict[str, Checkpoint]) -> None:
     """A decoder that no graph can hold still decodes: here one whose every block reads a number back."""
     decoder = build(checkpoints["llama-gqa-tied"], "float")
@@ -250,7 +313,8 @@ def test_what_waits_for_the_host_is_launched(checkpoints: dict[str, Checkpoint])
     hook = decoder.layers[0].register_forward_hook(read_back)
     decoding = Decoding(decoder, 3, 64)
     decoding.prefill(IDS.cuda())
-    got = steps(decoding, IDS[:, :4], 0)
+    with pytest.warns(UserWarning, match="decode steps run without a CUDA graph: .*synchroniz"):
+        got = steps(decoding, IDS[:, :4], 0)
     assert decoding.eager is not None
     assert "synchroniz" in decoding.eager
     hook.remove()
@@ -259,6 +323,7 @@ def test_what_waits_for_the_host_is_launched(checkpoints: dict[str, Checkpoint])
     assert torch.equal(got, steps(plain, IDS[:, :4], 0))
 
 
+@pytest.mark.filterwarnings("ignore:decode steps run without a CUDA graph")
 def test_float64_and_asymmetric_inputs_decode(checkpoints: dict[str, Checkpoint]) -> None:
     """Without kernels, under a graph or not."""
     for symmetric in (True, False):

@@ -13,7 +13,7 @@ import torch
 from harness import cell_speed, power
 from harness.cell_speed import speed_record
 from harness.environment import PeakMemory
-from harness.neighbours import _processes, shared
+from harness.neighbours import _processes, busier, shared
 from harness.report import write_report
 from harness.speed_shapes import ONLINE, form_bits, random_decoder, vocabulary
 from methods.decoder import Decoder
@@ -87,9 +87,15 @@ def test_the_report_shows_speed_beside_accuracy(tmp_path: Path) -> None:
 
 
 def test_who_else_used_the_machine_is_on_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.getloadavg", lambda: (7.25, 0.0, 0.0))
-    found = recorded("bf16")["neighbours"]
-    assert found == {"load": 7.25, "threads": torch.get_num_threads()}
+    """When it began or ended."""
+    for loads in ((7.25, 1.0), (1.0, 7.25)):
+        given = iter(loads)
+        monkeypatch.setattr("os.getloadavg", lambda given=given: (next(given), 0.0, 0.0))
+        found = recorded("bf16")["neighbours"]
+        assert found == {"load": 7.25, "threads": torch.get_num_threads()}
+    silent = {"load": 1.0, "threads": 2, "gpu_bytes": 5, "gpu_processes": None}
+    assert busier(silent, {**silent, "gpu_bytes": 4, "gpu_processes": 1}) == {**silent, "gpu_processes": 1}
+    assert busier(silent, silent) == silent
 
 
 @pytest.mark.parametrize(
@@ -98,6 +104,11 @@ def test_who_else_used_the_machine_is_on_record(monkeypatch: pytest.MonkeyPatch)
         ({"load": 2.9, "threads": 2}, []),
         ({"load": 3.0, "threads": 2}, ["load 3.0 with 2 threads of its own"]),
         ({"load": 1.0, "threads": 2, "gpu_bytes": 1.4e9, "gpu_processes": 0}, []),
+        ({"load": 9.0, "threads": 2, "gpu_bytes": 1.4e9, "gpu_processes": 0}, []),
+        (
+            {"load": 9.0, "threads": 2, "gpu_bytes": 1.4e9, "gpu_processes": None},
+            ["load 9.0 with 2 threads of its own"],
+        ),
         (
             {"load": 1.0, "threads": 2, "gpu_bytes": 0.2e9, "gpu_processes": 2},
             ["2 other processes on the GPU"],

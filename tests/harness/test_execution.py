@@ -7,11 +7,12 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from harness import compare, grid, report, store
+from harness import compare, costs, grid, report, store
 from harness.config import load_grid
 from harness.engine import run_grid
 from harness.lm import DecoderLM
@@ -166,6 +167,7 @@ def test_memory_is_what_the_shapes_say(simulated: Filled, packed: Filled) -> Non
 def test_every_call_is_counted(packed: Filled, name: str, linear: str) -> None:
     found = {task: calls(own) for task, own in packed.measured(name, "implementations").items()}
     assert set(found) == set(TASKS)
+    assert packed.measured(name, "replays_counted")
     for task, counts in found.items():
         assert [operation for operation in counts if operation.startswith("linear")] == [linear], task
         passes = counts[linear] // LINEARS
@@ -174,6 +176,23 @@ def test_every_call_is_counted(packed: Filled, name: str, linear: str) -> None:
         assert kv == ([passes * LAYERS] * 2 if "kv4" in name else [None, None])
     assert found[TEXT][linear] == WINDOWS * LINEARS
     assert found["asdiv_local"][linear] > 2 * LINEARS, "a pass over the prompt, then one for each token"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([{"replays_counted": True}] * 2, "A replay of a CUDA graph counts"),
+        ([{"replays_counted": True}, {}], "Replays of a CUDA graph are not among them"),
+    ],
+)
+def test_the_report_tells_whether_replays_are_counted(flags: list[dict[str, bool]], said: str) -> None:
+    """Records made before they were counted do not say."""
+    operations = {"implementations": {"text": {"linear w4a4": {"triton": 3}}}}
+    cells: list[Any] = [
+        SimpleNamespace(record={"measured": {**operations, **flag}}, task=lambda name: {"name": name})
+        for flag in flags
+    ]
+    assert said in costs._operations_section(cells)[-1]
 
 
 def test_nothing_of_it_runs_in_simulated_and_float_cells(simulated: Filled, packed: Filled) -> None:
@@ -248,7 +267,7 @@ def test_what_has_no_integer_product_is_said(simulated: Filled, packed: Filled) 
     assert note in report.write_report(packed.out).read_text()
     assert simulated.records[name]["method"]["notes"] == []
     for operations in packed.measured(name, "implementations").values():
-        assert set(operations) == {"rmsnorm", "rope_append kv4", "kv_attention kv4", "gated"}
+        assert set(operations) == {"dense", "rmsnorm", "rope_append kv4", "kv_attention kv4", "gated"}
     memory = packed.measured(name, "memory")
     assert memory["linears"]["measured"] == 4 * WEIGHTS
     assert memory["kv_token"] == packed.measured("rtn w4a4kv4", "memory")["kv_token"]

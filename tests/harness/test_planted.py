@@ -32,7 +32,7 @@ from harness.config import GridConfig, load_grid
 from harness.engine import run_grid
 from harness.perturb import Perturbation
 from harness.trial import Trial
-from kernels import hadamard, pass_reference
+from kernels import hadamard, pass_reference, weight_reference
 from kernels import reference as quantisers
 from methods import (
     attention,
@@ -281,7 +281,7 @@ def act_order_not_undone(patch: pytest.MonkeyPatch) -> None:
 
 
 def error_carried_with_the_wrong_sign(patch: pytest.MonkeyPatch) -> None:
-    plant(patch, rounding, "solve", ("errors[i], alpha=-1", "errors[i], alpha=1"), source=gptq.solve)
+    plant(patch, weight_reference, "gptq_block", ("errors[i], alpha=-1", "errors[i], alpha=1"))
 
 
 def weight_zero_point_sign(patch: pytest.MonkeyPatch) -> None:
@@ -348,10 +348,10 @@ def other_butterflies(patch: pytest.MonkeyPatch) -> None:
 def linear_in_two_halves(patch: pytest.MonkeyPatch) -> None:
     halves = (
         "half = x.shape[-1] // 2\n"
-        "    y = F.linear(x[..., :half], self.weight[:, :half], self.bias)"
-        " + F.linear(x[..., half:], self.weight[:, half:])"
+        "    y = ops.dense(x[..., :half], self.weight[:, :half], self.bias)"
+        " + ops.dense(x[..., half:], self.weight[:, half:])"
     )
-    plant(patch, Linear, "apply_to", ("y = F.linear(x, self.weight, self.bias)", halves))
+    plant(patch, Linear, "apply_to", ("y = ops.dense(x, self.weight, self.bias)", halves))
 
 
 def norm_summed_backwards(patch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
-"""Just enough of Gluon for Triton's interpreter to run kernels/triton/kv_decode.py: tensors have no layouts
+"""Just enough of Gluon for Triton's interpreter to run some files of kernels/triton: tensors have no layouts
 here, so what is tested is which numbers meet, and not where they lie. Inline assembly is run, word by word.
 
-`install` has to be called before any other module imports that one, in a process of its own.
+`install` has to be called before any other module imports such a file, in a process of its own.
 """
 
 import importlib
@@ -40,9 +40,10 @@ class Shared:
         return self.value
 
 
-def install() -> None:
-    """Import kernels/triton/kv_decode.py with this in the place of Gluon, and make the calls for dependent
-    launches nothing."""
+def install(file: str, *beside: str) -> None:
+    """Import a file of kernels/triton with this in the place of Gluon, and make the calls for dependent
+    launches nothing. beside: files whose device functions it uses."""
+    importlib.import_module("kernels.triton.launching")  # which needs Gluon's descriptors
     # The interpreter reads annotations as text.
     plain = triton.runtime.jit._normalize_ty
     triton.runtime.jit._normalize_ty = lambda kind: plain(
@@ -101,9 +102,9 @@ def install() -> None:
     real = {name: importlib.import_module(name) for name in stand_ins}
     triton.experimental.gluon = gluon
     sys.modules |= stand_ins
-    kernels: Any = importlib.import_module("kernels.triton.kv_decode")
+    kernels: Any = importlib.import_module(f"kernels.triton.{file}")
     kernels.gdc_wait = kernels.gdc_launch_dependents = lambda: None
-    for name in ("kv_operands", "kv_ranges"):
+    for name in (file, *beside):
         used: Any = importlib.import_module(f"kernels.triton.{name}")
         used.tl = tl  # the interpreter looks for it where a function is defined
     triton.experimental.gluon = real["triton.experimental.gluon"]

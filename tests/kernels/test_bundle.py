@@ -73,8 +73,10 @@ def test_a_wheel_is_installed_when_it_is_whole(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_wheel_that_does_not_fit_leaves_the_rest_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """It is tried again with the next part, and the bundle is not complete before."""
+
     def refuses(*arguments: str) -> None:
         raise ValueError("not a supported wheel")
 
@@ -83,8 +85,14 @@ def test_a_wheel_that_does_not_fit_leaves_the_rest_alone(
     for _, source in sources:
         source.write_bytes(b"content")
     bundle.write_parts(sources, tmp_path / "out", 100)
-    said = bundle.unpack(tmp_path / "out" / "1", tmp_path / "target")
-    assert said == ["not installed: one.whl: not a supported wheel", "placed data/two", "complete"]
+    command = ["unpack", str(tmp_path / "out" / "1"), str(tmp_path / "target")]
+    refused = ["one.whl: not a supported wheel", "not installed: one.whl"]
+    for said in ([refused[0], "placed data/two", refused[1]], refused):
+        assert bundle.main(command) == 1
+        assert capsys.readouterr().out.splitlines() == said
+    monkeypatch.setattr(bundle, "_pip", lambda *arguments: None)
+    assert bundle.main(command) == 0
+    assert capsys.readouterr().out.splitlines() == ["installed one.whl", "complete"]
 
 
 def test_libraries_for_other_gpus_are_left_out(tmp_path: Path) -> None:

@@ -18,7 +18,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import bench, contests, gpu_bench, gpu_contests, pass_reference, peers, reference, timing, tuning
+from kernels import (
+    bench,
+    contests,
+    gpu_bench,
+    gpu_contests,
+    pass_reference,
+    peers,
+    reference,
+    timing,
+    tuning,
+    weight_reference,
+)
 from kernels.contests import Shape
 from kernels.timing import Limits, Replay, Timing, sets_needed
 
@@ -44,6 +55,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             "rmsnorm": chosen_too(pass_reference.rmsnorm),
         },
         "hadamard_quantise": {"hadamard_quantise": pass_reference.hadamard_quantise},
+        "gptq_block": {"gptq_block": weight_reference.gptq_block},
+        "find_range": {"find_range": weight_reference.find_range},
     }
     for operation, functions in kernels.items():
         module = types.ModuleType(operation)
@@ -263,6 +276,24 @@ def test_few_rows_stay_where_the_kernel_before_left_them() -> None:
     made = contest.entrants["bf16 cuBLAS"][1]()
     assert len({id(call.args[0]) for call in made.calls}) == 1  # type: ignore[attr-defined]
     assert [call.args[1] for call in made.calls] == list(range(len(made.calls)))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("operation", "width"), [("gptq_block", 128), ("find_range", 512)])
+def test_rounding_meets_the_reference(operation: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_of(operation, "down", 1)
+    assert list(rows) == ["reference", "ours"]
+    for row in rows.values():
+        assert row.reason is None and (row.rows, row.outputs, row.inputs) == (256, 256, width)
+    results = 256 * width * (1 + 4) if operation == "gptq_block" else 256 * 4
+    operands = 256 * width * 4 * (2 if operation == "gptq_block" else 1)
+    assert rows["ours"].bytes == operands + results + (4 * 128 * 128 if operation == "gptq_block" else 0)
+    assert ("llama-3-8b", operation, "gate_up") in gpu_bench.units(["llama-3-8b"], [operation], None)
+    original = getattr(weight_reference, operation)
+    wrong = types.ModuleType(operation)
+    setattr(wrong, operation, lambda *operands: tuple(-2 * t for t in original(*operands) if t is not None))
+    monkeypatch.setitem(sys.modules, f"kernels.triton.{operation}", wrong)
+    reason = rows_of(operation, "down", 1)["ours"].reason
+    assert reason is not None and "wrong" in reason
 
 
 def test_the_widest_shape_comes_first_and_has_the_passes() -> None:

@@ -3,8 +3,13 @@ what was compiled is launched for no others."""
 
 from __future__ import annotations
 
+import copy
+import importlib
+import inspect
+import pickle
+import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -117,6 +122,40 @@ def test_gradients_count_and_errors_are_not_remembered() -> None:
     before = len(asked)
     assert not wanted(torch.ones(3))
     assert len(asked) == before
+
+
+def test_gradients_asked_for_later_count() -> None:
+    wanted = by_form(lambda held: held.scale.requires_grad)
+    for held in (weight(), kv_rows(1, 2, 8, 64, 4, symmetric=False)):
+        assert not wanted(held)
+        held.scale.requires_grad_()
+        assert wanted(held)
+
+
+def test_a_copy_s_form_is_its_own() -> None:
+    """Copied and loaded tensors lie elsewhere."""
+    for held in (weight(), kv_rows(1, 2, 8, 64, 4, symmetric=False)):
+        form(held)
+        loaded = pickle.loads(pickle.dumps(held))  # noqa: S301 - what was just written
+        for other in (copy.copy(held), copy.deepcopy(held), loaded):
+            assert vars(other).keys() == {field.name for field in fields(held)}
+            assert form(other) == form(held)
+
+
+def test_what_triton_compiles_is_launched_with_these_arguments() -> None:
+    """`Launch` gives them in triton's order: grid, stream and function, which its launcher takes by name,
+    then metadata for the kernel and for hooks, the two hooks, and the kernel's own."""
+    driver = importlib.import_module("triton.backends.nvidia.driver")
+    named = list(inspect.signature(driver.CudaLauncher.__call__).parameters)
+    assert named == ["self", "gridX", "gridY", "gridZ", "stream", "function", "args"]
+    source = driver.make_launcher({}, {0: "*fp32", 1: "i32"}, None)
+    parsed = re.search(r"PyArg_ParseTuple\(args, \"(\w+)\",([^)]*)\)", source)
+    assert parsed is not None
+    names = [name.strip().lstrip("&") for name in parsed[2].split(",")]
+    assert len(parsed[1]) == len(names) == 15
+    behind = ["kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook", "_arg0", "_arg1"]
+    assert names[:5] == ["gridX", "gridY", "gridZ", "_stream", "_function"]
+    assert names[9:] == behind
 
 
 def test_forms_that_are_many_are_forgotten() -> None:

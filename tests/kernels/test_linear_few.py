@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from kernels.reference import PackedWeight, Quantised, pack_weight, quantise
 pytest.importorskip("triton", reason="needs triton")
 
 from kernels.sass import parse_sass
-from kernels.triton import linear_a16, linear_few
+from kernels.triton import dequantise, linear_a16, linear_few, linear_many
 from kernels.triton.few_rows import tokens
 
 
@@ -101,6 +102,50 @@ def test_scales_of_another_type_are_refused() -> None:
         linear_a16.unsupported(floats(), double, dtype=torch.float32),
     ):
         assert reason == "scales that are not float32"
+
+
+def elsewhere(x: torch.Tensor) -> torch.Tensor:
+    return x.to("meta")
+
+
+@pytest.mark.parametrize("place", ["packed", "scale", "zero", "x", "x_keep", "w_keep", "row_scale", "bias"])
+@pytest.mark.parametrize(
+    "module, x, w",
+    [
+        (linear_few, codes(), weight()),
+        (linear_many, codes(), weight()),
+        (linear_a16, floats(), UNSIGNED),
+        (dequantise, floats(), UNSIGNED),
+    ],
+)
+def test_operands_on_several_devices_and_gradients_are_refused(
+    module: Any, x: Any, w: PackedWeight, place: str
+) -> None:
+    """Whichever operand it is: no kernel reads another GPU's memory, and none has a gradient."""
+    if ("keep" in place and module is linear_a16) or (place == "zero" and w.zero is None):
+        return
+    given: dict[str, Any] = {"bias": torch.zeros(24), "row_scale": torch.ones(3, 1)}
+    if "keep" in place:
+        given |= {"x_keep": KEPT, "w_keep": KEPT.new_zeros(24, 16)}
+    if module is dequantise:
+        given["bias"] = given["bias"].bfloat16()
+    assert module.unsupported(x, w, dtype=torch.bfloat16, **given) is None
+
+    def reason(change: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
+        if place == "x":
+            other = change(x) if isinstance(x, torch.Tensor) else replace(x, scale=change(x.scale))
+            return module.unsupported(other, w, dtype=torch.bfloat16, **given)
+        if place in ("packed", "scale", "zero"):
+            fields: dict[str, Any] = {place: change(getattr(w, place))}
+            held = replace(w, **fields)
+            return module.unsupported(x, held, dtype=torch.bfloat16, **given)
+        return module.unsupported(x, w, dtype=torch.bfloat16, **{**given, place: change(given[place])})
+
+    assert reason(elsewhere) == "operands on several devices"
+    if place != "packed":
+        assert reason(lambda t: t.clone().requires_grad_()) == "inputs that need gradients"
+        with torch.no_grad():
+            assert reason(lambda t: t.clone().requires_grad_()) is None
 
 
 def test_each_takes_its_own_kind_of_inputs() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import integer, kv_reference, ops, pass_reference, reference
+from kernels import integer, kv_reference, ops, pass_reference, reference, weight_reference
 from kernels.kv_reference import kv_rows
 from kernels.packing import packed_width
 from kernels.reference import PackedWeight, Quantised, pack_weight
@@ -37,6 +37,11 @@ def test_results_are_the_references_and_are_counted() -> None:
     ops.rmsnorm_quantise(x, eps=1e-5, bits=8, symmetric=False)
     assert torch.equal(ops.rmsnorm(x, eps=1e-5).normalised, pass_reference.rmsnorm(x, eps=1e-5).normalised)
     assert torch.equal(ops.gated(x, x), pass_reference.gated(x, x))
+    weight, bias = torch.randn(5, 16), torch.randn(5)
+    for many in (x, x.double(), x[0], torch.cat([x] * 6)):  # up to 18 rows
+        of = weight.to(many.dtype), bias.to(many.dtype)
+        assert torch.equal(ops.dense(many, *of), torch.nn.functional.linear(many, *of))
+        assert torch.equal(ops.dense(many, of[0]), torch.nn.functional.linear(many, of[0]))
     assert torch.equal(ops.hadamard(x, size=8), pass_reference.online_hadamard(x, 8))
     kept, h = ops.hadamard_quantise(x, size=8, keep=4, bits=3, symmetric=True)
     assert kept is not None and kept.shape == (3, 4) and h.codes.shape == (3, 12)
@@ -44,9 +49,16 @@ def test_results_are_the_references_and_are_counted() -> None:
     ops.kv_append(rows, x[None, None], 0, clip=0.95)
     out = ops.kv_attention(x[None, None], rows, rows, 3)
     assert torch.equal(out, kv_reference.kv_attention(x[None, None], rows, rows, 3))
+    weight_range = ops.find_range(x, 4, True, True)
+    assert torch.equal(weight_range[0], weight_reference.find_range(x, 4, True, True)[0])
+    block = (x, torch.eye(16), torch.ones(3, 16), None, 3)
+    assert torch.equal(ops.gptq_block(*block)[1], weight_reference.gptq_block(*block)[1])
     way = integer.route(16, 4, 4, torch.device("cpu"))
     assert ops.implementations() == {
+        "dense": {"reference": 8},
+        "find_range w4": {"reference": 1},
         "gated": {"reference": 1},
+        "gptq_block w3": {"reference": 1},
         "hadamard": {"reference": 1},
         "hadamard_quantise a3": {"reference": 1},
         "kv_append kv2": {"reference": 1},
@@ -169,8 +181,17 @@ def test_on_a_gpu_the_kernel_that_is_meant_runs_and_is_counted() -> None:
     assert called(ops.hadamard(x, size=64))[:2] == ("hadamard_quantise", "hadamard")
     assert called(ops.rmsnorm(x, add=x, eps=1e-5))[:2] == ("rmsnorm_quantise", "rmsnorm")
     assert called(ops.gated(x, x))[:2] == ("gated", "gated")
+    assert called(ops.find_range(x, 4, True, True))[:2] == ("find_range", "find_range")
+    assert called(ops.gptq_block(x, x, x, None, 4))[:2] == ("gptq_block", "gptq_block")
+    weight, bias = torch.ones(16, 64), torch.ones(16)
+    for few in (torch.ones(64), torch.ones(ops.FEW_ROWS, 1, 64)):
+        assert called(ops.dense(few, weight, bias))[:2] == ("linear_dense", "dense")
+    assert ops.dense(torch.ones(ops.FEW_ROWS + 1, 64), weight).shape == (ops.FEW_ROWS + 1, 16)
     assert ops.implementations() == {
+        "dense": {"triton": 2, "reference (more than 16 rows)": 1},
+        "find_range w4": {"triton": 1},
         "gated": {"triton": 1},
+        "gptq_block w4": {"triton": 1},
         "hadamard": {"triton": 1},
         "hadamard_quantise a4": {"triton": 1},
         "linear w4a16": {"triton": 3},
@@ -189,11 +210,13 @@ def test_weights_at_rest_reach_the_kernels() -> None:
         assert called(ops.linear(x, w, dtype=torch.bfloat16))[2]["weights_at_rest"] is True
         assert called(ops.linear(operands(64)[0], w, dtype=torch.bfloat16))[2]["weights_at_rest"] is True
         assert called(ops.quantise(x, 8, symmetric=True))[2]["overlapped"] is True
+        assert called(ops.dense(x, torch.ones(16, 64)))[2]["overlapped"] is True
         with pytest.raises(KeyError), ops.weights_at_rest():
             raise KeyError
         assert called(ops.linear(q, w, dtype=torch.bfloat16))[2]["weights_at_rest"] is True
     assert called(ops.linear(q, w, dtype=torch.bfloat16))[2]["weights_at_rest"] is False
     assert called(ops.quantise(x, 8, symmetric=True))[2]["overlapped"] is False
+    assert called(ops.dense(x, torch.ones(16, 64)))[2]["overlapped"] is False
 
 
 @pytest.mark.usefixtures("gpu")

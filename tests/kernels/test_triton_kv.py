@@ -1,9 +1,12 @@
 """The kernels of the KV cache without a GPU: what they refuse, how they split the context, what the compiler
 makes of them, and what they compute when Triton interprets them (interpreted_kv.py)."""
 
+import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from kernels import compiled  # noqa: E402
 from kernels.kv_reference import PackedRows, Rows, kv_rows  # noqa: E402
 from kernels.triton import kv_append, kv_attention, kv_dequantise  # noqa: E402
 from kernels.triton.kv_attention import Choice, splits_of  # noqa: E402
+
+RECORD = Path(__file__).resolve().parents[2] / "results" / "reference" / "kernels-sm90.json"
 
 
 @pytest.fixture
@@ -65,6 +70,10 @@ def test_attention_that_cannot_run() -> None:
         assert reason is None if phrase is None else (reason or "").startswith(phrase), (phrase, reason)
     with pytest.raises(ValueError, match="the Triton kernel does not take rows of 3 bits"):
         kv_attention.kv_attention(query, rows(3), rows(3), 8)
+    seen = torch.ones(1, 1, 1, 8, dtype=torch.bool)
+    for length, mask, phrase in ((33, None, "33 of 32 positions"), (0, None, "0 of 32"), (9, seen, "a mask")):
+        with pytest.raises(ValueError, match=phrase):  # of one form with lengths that are taken
+            kv_attention.kv_attention(query, held, held, length, mask=mask)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -96,12 +105,57 @@ def test_appending_that_cannot_run() -> None:
     assert kv_dequantise.unsupported(rows(), 3, torch.float64) == "torch.float64 results"
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("place", ["codes", "scale", "zero", "poisoned"])
+def test_rows_on_another_device_and_gradients_are_refused(place: str) -> None:
+    held = rows(scale=torch.ones(1), zero=torch.ones(1)) if place == "poisoned" else rows()
+    query, angles = bf16(2, 4, 1, 64), bf16(1, 1, 1, 32)
+    q, k, v = bf16(2, 1, 8, 64).split((4, 2, 2), dim=2)
+
+    def reasons(other: Rows, same: Rows) -> set[str | None]:
+        found = [kv_attention.unsupported(query, *both, 8) for both in ((other, same), (same, other))]
+        found += [
+            kv_append.unsupported(q, k, v, angles, angles, *both, 0)
+            for both in ((other, same), (same, other))
+        ]
+        if isinstance(other, PackedRows):
+            found.append(kv_dequantise.unsupported(other, 8, torch.bfloat16))
+        return set(found)
+
+    assert reasons(held, held) == {None}
+    several, gradients = {"operands on several devices"}, {"inputs that need gradients"}
+    elsewhere = replace(held, **{place: getattr(held, place).to("meta")})
+    assert reasons(elsewhere, held) == several
+    if place == "scale":
+        assert reasons(replace(held, scale=held.scale.clone().requires_grad_()), held) == gradients
+        floats = bf16(2, 2, 32, 64)
+        assert reasons(floats.to("meta"), floats) == several
+        assert reasons(floats.clone().requires_grad_(), floats) == gradients
+
+
 def test_a_cpu_tensor_is_refused_by_name() -> None:
     assert kv_attention.unsupported(bf16(2, 4, 1, 64), rows(), rows(), 8) == "rows on the CPU"
     angles = bf16(1, 1, 1, 32)
     heads = bf16(2, 1, 8, 64).split((4, 2, 2), dim=2)
     unsupported: Any = kv_append.unsupported
     assert unsupported(*heads, angles, angles, rows(), rows(), 0) == "a tensor on the CPU"
+
+
+def test_registers_hold_as_many_programs_as_are_counted_on() -> None:
+    """Those on record for sm_90, of which a multiprocessor has 65536."""
+    if not RECORD.exists():
+        pytest.skip("no record of compiled kernels")
+    found = 0
+    for entry in json.loads(RECORD.read_text(encoding="utf-8"))["triton"].values():
+        for name, facts in entry["kernels"].items():
+            kind = re.match(r"kv_attention (?:kv|bf)(\d+), D (\d+)(.*)", name)
+            if kind is None:
+                continue
+            found += 1
+            dtype = torch.float16 if "float16" in kind[3] else torch.bfloat16
+            choice = kv_attention.default(int(kind[1]), int(kind[2]), dtype)
+            assert facts["registers"] * 32 * choice.warps * choice.programs <= 65536, name
+    assert found >= 9
 
 
 @pytest.mark.parametrize("pairs", [1, 3, 8, 24, 64, 192, 256, 1000])

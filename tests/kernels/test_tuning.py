@@ -221,6 +221,24 @@ def test_jobs_cover_every_candidate_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [job.rows for job in found if job.operation == "linear_few"] == [1, 1, 32, 32, 32, 32]
 
 
+def test_operations_have_shapes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads are tuned for the linear of unquantised weights alone; --shapes counts for all."""
+
+    class Kernel:
+        @staticmethod
+        def candidates(rows: int, outputs: int, inputs: int) -> list[Choice]:
+            return [Choice(rows)]
+
+    def shapes(*given: Any) -> set[tuple[int, int]]:
+        return {(outputs, job.inputs) for job in tune.jobs(*given) for outputs in job.outputs}
+
+    monkeypatch.setattr(tune, "_module", lambda operation: Kernel)
+    assert shapes(["linear_a16"], [1], None) == set(tune.SHAPES)
+    assert shapes(["linear_dense"], [1], None) == {*tune.SHAPES, *tune.HEADS}
+    assert shapes(["linear_dense", "linear_few"], [1, 8], [(8, 64)]) == {(8, 64)}
+    assert {job.rows for job in tune.jobs(["linear_dense"], tune.ROWS, None)} == {1, 2, 4, 8, 16}
+
+
 def test_disagreement_between_choices_stops_the_tuning() -> None:
     want = torch.ones(4, 64, dtype=torch.bfloat16)
     off = want.clone()

@@ -103,6 +103,19 @@ def test_truncated_and_used_again(name: str) -> None:
     assert relative(steps, decoder(IDS)) < 1e-12
 
 
+class Stream:
+    """Stands in for a CUDA stream: knows the streams that it was made to wait for."""
+
+    def __init__(self) -> None:
+        self.awaited: list[Stream] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.awaited.append(other)
+
+
+STREAM = Stream()
+
+
 @dataclass
 class Replay:
     """Stands in for a CUDA graph of a decoding's step: a replay writes where the first run did, with the
@@ -133,6 +146,8 @@ def capture(decoding: Decoding) -> None:
 def replaying(monkeypatch: pytest.MonkeyPatch, checkpoints: dict[str, Checkpoint]) -> Decoding:
     monkeypatch.setattr(Decoding, "_capture", capture)
     decoding = Decoding(build(checkpoints["llama-biases"], *EXECUTIONS["packed"]), 3, 21)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: STREAM)
+    monkeypatch.setattr(graphs, "_replayed_on", {})
     decoding.eager = None
     return decoding
 
@@ -177,6 +192,55 @@ def test_a_graph_of_weights_that_were_replaced_is_captured_anew(replaying: Decod
     replaying.reset()
     replayed(replaying, IDS, None, 12, None)
     assert replaying._graphs[False] is kept is not before
+
+
+def test_weights_are_looked_at_where_a_text_begins(
+    replaying: Decoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not behind each prefill and truncation of it."""
+    places = graphs._places
+    looks: list[Decoder] = []
+    replayed(replaying, IDS, None, 20, None)
+
+    def looked(decoder: Decoder) -> Any:
+        looks.append(decoder)
+        return places(decoder)
+
+    monkeypatch.setattr(graphs, "_places", looked)
+    replaying.truncate(12)
+    replaying.prefill(IDS[:, 12:14])
+    replaying.step(IDS[:, 14])
+    assert looks == []
+    replaying.reset()
+    for place in range(2):
+        replaying.step(IDS[:, place])
+    assert len(looks) == 1
+    replaying.truncate(0)
+    replaying.prefill(IDS[:, :4])
+    for place in range(4, 6):
+        replaying.step(IDS[:, place])
+    assert len(looks) == 2
+
+
+def test_replays_on_several_streams_wait_for_one_another(
+    replaying: Decoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two decodings of one GPU: their kernels share working memory."""
+    other = Decoding(replaying.decoder, 3, 21)
+    other.eager = None
+    first, second = Stream(), Stream()
+    for decoding, stream in ((replaying, first), (replaying, first), (other, second), (replaying, first)):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=stream: stream)
+        decoding.step(IDS[:, 0])
+    assert (first.awaited, second.awaited) == ([second], [first])
+
+
+def test_a_step_without_a_graph_says_why(checkpoints: dict[str, Checkpoint]) -> None:
+    decoding = Decoding(build(checkpoints["llama-biases"], *EXECUTIONS["float"]), 3, 21)
+    decoding.eager = None
+    with pytest.warns(UserWarning, match="^decode steps run without a CUDA graph: it waits$"):
+        decoding._give_up(RuntimeError("it waits\nfor the host"))
+    assert decoding.eager == "it waits"
 
 
 def test_room_and_misuse_are_named() -> None:

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.reference import fake_quantise
+from kernels.weight_reference import find_range
 from methods.bits import LinearSpec
 from methods.errors import UserError
 from methods.gptq import Hessian, inverse_factor, solve
 from methods.linear import QuantisedWeight
-from methods.quantisers import find_range
 from methods.rtn import round_to_nearest
 
 # The keys of gptq_rtn_act.npz; a key that the file has and this list lacks fails test_every_key_is_used.

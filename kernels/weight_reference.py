@@ -1,24 +1,77 @@
-"""Weight quantisers: range, optionally searched, and integer codes, per output channel or group.
+"""The definition of rounding weights in plain torch: the range of each row or group, searched for if wanted,
+and GPTQ's walk through a block of columns.
 
 The equations are those of GPTQ and QuaRot's public code: symmetric codes in [-2^(b-1), 2^(b-1) - 1] with
-scale max|w| / (2^(b-1) - 1); asymmetric codes in [0, 2^b - 1] over a range that contains zero.
+scale max|w| / (2^(b-1) - 1); asymmetric codes in [0, 2^b - 1] over a range that contains zero. Rounding is
+half to even, division true division.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
 
 SHRINK_STEPS, SHRINK_GRID, ERROR_EXPONENT = 80, 100, 2.4
-_SCALE_FLOOR = 1e-5
+SCALE_FLOOR = 1e-5
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 25}
 """Values searched at a time. CPU: few enough for the cache, enough to keep several cores busy. GPU: enough
-that the search is not bound by its launches."""
+that the search is not bound by its launches. Other devices: as on a CPU."""
 
 
 def code_bounds(bits: int, symmetric: bool) -> tuple[int, int]:
     """Smallest and largest integer code."""
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+
+
+def code_dtype(symmetric: bool) -> torch.dtype:
+    """Integer dtype that holds every code of 2 to 8 bits."""
+    return torch.int8 if symmetric else torch.uint8
+
+
+def to_codes(values: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """Integer codes of `values`, still in its float dtype; scale and zero broadcast against it."""
+    minimum, maximum = code_bounds(bits, zero is None)
+    codes = torch.round(values / scale)
+    if zero is not None:
+        codes = codes + zero
+    return codes.clamp(minimum, maximum)
+
+
+def from_codes(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """The values that float codes stand for."""
+    return codes * scale if zero is None else (codes - zero) * scale
+
+
+def gptq_block(
+    weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor | None, bits: int
+) -> tuple[Tensor, Tensor]:
+    """GPTQ (Frantar et al. 2023, arXiv 2210.17323, algorithm 1) within a block of n columns.
+
+    One column after another is rounded; its error, over the factor's diagonal, times the factor's row is
+    subtracted from the columns behind it:
+
+        q_i = round(w_i / s_i) + z_i, clamped    e_i = (w_i - s_i (q_i - z_i)) / U_ii
+        w_j -= U_ij e_i for j > i
+
+    weight: [rows, n], float32 or float64, left as it is. factor: U [n, n] in weight's dtype, of which the
+    upper triangle counts. scale, zero: [rows, n] in weight's dtype, zero whole numbers; None for symmetric
+    codes. Returns the codes [rows, n], int8 or uint8, and the errors e [rows, n], which times the factor's
+    rows beyond the block are to be subtracted from the columns beyond.
+
+    Whether U_ij e_i is rounded before it is subtracted is torch's choice. It moves w_j by half a unit in the
+    last place of the product at most.
+    """
+    # Columns as rows: each step then reads and writes contiguous memory.
+    block = weight.T.clone(memory_format=torch.contiguous_format)
+    scales = scale.T.contiguous()
+    zeros = None if zero is None else zero.T.contiguous()
+    codes = torch.empty_like(block, dtype=code_dtype(zero is None))
+    errors = torch.empty_like(block)
+    for i in range(len(block)):
+        its_zero = None if zeros is None else zeros[i]
+        rounded = to_codes(block[i], scales[i], its_zero, bits)
+        codes[i] = rounded
+        errors[i] = (block[i] - from_codes(rounded, scales[i], its_zero)) / factor[i, i]
+        block[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+    return codes.T, errors.T
 
 
 def find_range(rows: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[Tensor, Tensor | None]:
@@ -30,14 +83,14 @@ def find_range(rows: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[
     low = rows.amin(1, keepdim=True).clamp(max=0)
     high = rows.amax(1, keepdim=True).clamp(min=0)
     if symmetric:
-        high = torch.maximum(-low, high).clamp(min=_SCALE_FLOOR)
+        high = torch.maximum(-low, high).clamp(min=SCALE_FLOOR)
         low = -high
     else:
         empty = (low == 0) & (high == 0)
         low, high = low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
     if not search:
         return _scale_zero(low, high, bits, symmetric)
-    step = max(1, _CHUNK[rows.device.type] // rows.shape[1])
+    step = max(1, _CHUNK.get(rows.device.type, _CHUNK["cpu"]) // rows.shape[1])
     parts = zip(rows.split(step), low.split(step), high.split(step), strict=True)
     found = [_search(*part, bits, symmetric) for part in parts]
     scale = torch.cat([scale for scale, _ in found])
@@ -47,7 +100,7 @@ def find_range(rows: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[
 def _scale_zero(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
     if symmetric:
         return high / (2 ** (bits - 1) - 1), None
-    scale = (high - low).clamp(min=_SCALE_FLOOR) / (2**bits - 1)
+    scale = (high - low).clamp(min=SCALE_FLOOR) / (2**bits - 1)
     return scale, torch.round(-low / scale)
 
 
@@ -81,22 +134,3 @@ def _search(
         if zero is not None and best_zero is not None:
             best_zero = torch.where(better, zero, best_zero)
     return best_scale, best_zero
-
-
-def to_codes(values: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    """Integer codes of `values`, still in its float dtype; scale and zero broadcast against it."""
-    minimum, maximum = code_bounds(bits, zero is None)
-    codes = torch.round(values / scale)
-    if zero is not None:
-        codes = codes + zero
-    return codes.clamp(minimum, maximum)
-
-
-def from_codes(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """The values that float codes stand for."""
-    return codes * scale if zero is None else (codes - zero) * scale
-
-
-def pack_dtype(symmetric: bool) -> torch.dtype:
-    """Integer dtype that holds every code of 2 to 8 bits."""
-    return torch.int8 if symmetric else torch.uint8
