@@ -99,7 +99,7 @@ def find_range(
 ) -> tuple[Tensor, Tensor | None]:
     """`weight_reference.find_range` on the GPU. Its scales and zero-points are the reference's to the bit;
     but the errors by which the search chooses among them are rounded otherwise, so of two that are worth the
-    same to 2^-18 it may take the other one.
+    same to 2^-16 it may take the other one.
 
     rows: [n, width], float32, width up to 32768. overlapped as in `quantise`.
     Raises ValueError, naming what does not fit, where `unsupported` does.
