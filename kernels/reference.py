@@ -405,7 +405,7 @@ def _scale_and_zero(
 
 
 def _symmetric_scale(largest: Tensor, bits: int) -> Tensor:
-    scale = _over(largest, 2 ** (bits - 1) - 1)
+    scale = over(largest, 2 ** (bits - 1) - 1)
     return scale.masked_fill(scale == 0, 1.0)
 
 
@@ -414,13 +414,13 @@ def _asymmetric_scale(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Ten
     single = low == high
     low = torch.where(single, low.clamp(max=0.0), low)
     high = torch.where(single, high.clamp(min=0.0), high)
-    scale = _over(high - low, levels)
+    scale = over(high - low, levels)
     empty = scale == 0
     scale = scale.masked_fill(empty, 2.0 / levels)
     return scale, torch.round(-low.masked_fill(empty, -1.0) / scale)
 
 
-def _over(x: Tensor, levels: int) -> Tensor:
+def over(x: Tensor, levels: int) -> Tensor:
     """x / levels, rounded once on every device: by a Python number, CUDA multiplies by the reciprocal."""
     return x / torch.full((), levels, dtype=x.dtype, device=x.device)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels.integer import int_mm
+from kernels.waiting import waiting_refused
 
 # More bytes than a processor's own caches hold, and matrices at which products run at their full rate; no
 # larger on a CPU, where many short tries find moments in which nobody else runs.
@@ -150,6 +151,8 @@ def recorded(calls: Sequence[Callable[[], object]], device: torch.device) -> Rep
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.stream(stream):
+            with waiting_refused():
+                calls[0]()
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 kept = [call() for call in calls]

@@ -9,6 +9,8 @@ half to even, division true division.
 import torch
 from torch import Tensor
 
+from kernels.reference import over
+
 SHRINK_STEPS, SHRINK_GRID, ERROR_EXPONENT = 80, 100, 2.4
 SCALE_FLOOR = 1e-5
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 25}
@@ -99,8 +101,8 @@ def find_range(rows: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[
 
 def _scale_zero(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
     if symmetric:
-        return high / (2 ** (bits - 1) - 1), None
-    scale = (high - low).clamp(min=SCALE_FLOOR) / (2**bits - 1)
+        return over(high, 2 ** (bits - 1) - 1), None
+    scale = over((high - low).clamp(min=SCALE_FLOOR), 2**bits - 1)
     return scale, torch.round(-low / scale)
 
 

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import functools
 import gc
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels import ops
+from kernels.waiting import waiting_refused
 from methods.cache import FixedCache, Rows
 from methods.decoder import Block, Decoder
 from methods.errors import UserError
@@ -221,7 +219,7 @@ class Decoding:
         with torch.cuda.device(device), torch.cuda.stream(stream), ops.weights_at_rest():
             self._pass()  # compiles kernels and builds what is built once
             try:
-                with _waiting_refused():
+                with waiting_refused():
                     self._pass()
             except torch.OutOfMemoryError:
                 raise
@@ -317,21 +315,3 @@ def _refuse_too_large(decoder: Decoder, batch: int, capacity: int) -> None:
             f"the KV cache of {batch} x {capacity} positions takes {needed:,} bytes, and {free:,} bytes of "
             "the GPU are free: give fewer or shorter sequences"
         )
-
-
-_one_at_a_time = threading.Lock()
-
-
-@contextmanager
-def _waiting_refused() -> Iterator[None]:
-    """Inside, an operation that makes the host wait for the GPU raises RuntimeError, which tells it apart
-    before a capture, that it would spoil. Both the mode and the filter of warnings are the process's: other
-    threads that wait for the GPU meanwhile fail too, and one at a time may be in here."""
-    with _one_at_a_time, warnings.catch_warnings():
-        mode = torch.cuda.get_sync_debug_mode()
-        warnings.simplefilter("ignore")  # the mode calls itself a prototype
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)

@@ -81,10 +81,11 @@ def test_ranges_are_the_reference_s(n: int, bits: int, symmetric: bool) -> None:
     from tests.kernels.interpreted_weights import hard_weights, same_ranges
 
     rows = hard_weights(min(1000, 2**20 // n), n)
+    there = rows.cuda()
     for search in (True, False):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            scale, zero = find_range(rows.cuda(), bits, symmetric, search)
+            scale, zero = find_range(there, bits, symmetric, search)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         found = scale.cpu(), None if zero is None else zero.cpu()
