@@ -11,6 +11,7 @@ off; exit status 0 if all tests passed or were skipped.
 import argparse
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,12 +43,16 @@ def main() -> int:
     random.Random(0).shuffle(names)
     parts = [part for first in range(given.processes) if (part := names[first :: given.processes])]
     failed = False
+    # A process that is cut off is interrupted, so that it tells what failed until then; a shell that started
+    # this in the background would have all of them ignore that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / str(number) for number in range(len(parts))]
         running = []
         for part, log in zip(parts, logs, strict=True):
             with log.open("w") as stream:
-                command = ["timeout", str(given.seconds), *PYTEST, "-p", "no:cacheprovider", *part]
+                limit = ["timeout", "--signal=INT", "--kill-after=15", str(given.seconds)]
+                command = [*limit, *PYTEST, "-p", "no:cacheprovider", *part]
                 running.append(
                     subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
                 )
