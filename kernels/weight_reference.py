@@ -113,14 +113,15 @@ def _search(
     best_error = torch.full_like(low, torch.inf)
     error = torch.empty_like(rows)
     minimum, maximum = code_bounds(bits, symmetric)
-    extreme = torch.maximum(-low, high)
+    least, most = rows.aminmax(dim=1, keepdim=True)
     for i in range(SHRINK_STEPS):
         shrink = 1 - i / SHRINK_GRID
         scale, zero = _scale_zero(shrink * low, shrink * high, bits, symmetric)
-        # The most extreme value is clipped by at least this much (a rounded zero-point moves the range by
-        # up to half a step); once that alone is worse than the best in every row, so is all that follows.
-        clipped = ((1 - shrink) * extreme - scale).clamp_(min=0)
-        if bool((clipped.pow_(ERROR_EXPONENT) > best_error).all()):
+        # An extreme value is clipped by at least this much from here on (a rounded zero-point moves the range
+        # by up to half a step). Once that alone is no better than the best in every row, nothing can be.
+        bottom, top = (from_codes(torch.full_like(scale, end), scale, zero) for end in (minimum, maximum))
+        clipped = (torch.maximum(most - top, bottom - least) - scale).clamp_(min=0)
+        if bool((clipped.pow_(ERROR_EXPONENT) >= best_error).all()):
             break
         torch.div(rows, scale, out=error).round_()
         if zero is None:

@@ -43,6 +43,7 @@ def _find_range(  # type: ignore[no-untyped-def]
     inside = (row < rows) & (column < n)
     held = tl.load(x + start * stride + column, inside, other=0.0)
     low, high = smaller(smallest(held, 1), 0.0), larger(largest(held, 1), 0.0)
+    extreme = larger(0.0 - low, high)
     if SYMMETRIC:
         high = larger(larger(0.0 - low, high), FLOOR)
         low = 0.0 - high
@@ -50,16 +51,19 @@ def _find_range(  # type: ignore[no-untyped-def]
         empty = (low == 0.0) & (high == 0.0)
         low, high = tl.where(empty, -1.0, low), tl.where(empty, 1.0, high)
     best_scale, best_zero = _scale_and_zero(low, high, BITS, SYMMETRIC, FLOOR)
-    extreme = larger(0.0 - low, high)
     best = tl.full((ROWS, 1), float("inf"), tl.float32)
     i = 0
     while i < STEPS:
         shrink = 1.0 - tl.cast(i, tl.float64) / GRID  # shares are rounded once, as Python's are
-        share, cut = shrink.to(tl.float32), (1.0 - shrink).to(tl.float32)
+        share = shrink.to(tl.float32)
         scale, zero = _scale_and_zero(low * share, high * share, BITS, SYMMETRIC, FLOOR)
         # What is clipped by now (the reference says why): no row can find a better range further on.
-        clipped = _power(larger(extreme * cut - scale, 0.0), EXPONENT)
-        lost = (clipped > best) | (row >= rows)
+        if SYMMETRIC:
+            clipped = extreme - high * share - scale
+        else:
+            top = (((1 << BITS) - 1) - zero) * scale
+            clipped = larger(high - top, 0.0 - zero * scale - low) - scale
+        lost = (_power(larger(clipped, 0.0), EXPONENT) >= best) | (row >= rows)
         whole = nearest(held, scale, zero, BITS, SYMMETRIC)
         error = tl.abs(dequantised(whole, scale, zero, SYMMETRIC) - held)
         total = tl.sum(tl.where(inside, _power(error, EXPONENT), 0.0), 1, keep_dims=True)

@@ -180,7 +180,7 @@ def hard_weights(rows: int, n: int) -> Tensor:
 
 
 def interpret_find_range() -> None:
-    for n, bits in ((32, 4), (100, 3), (128, 4), (576, 8), (3, 2)):
+    for n, bits in ((32, 4), (100, 3), (128, 4), (576, 8), (3, 2), (1024, 8)):
         rows = hard_weights(12, n)
         for symmetric in (True, False):
             for search in (True, False):
