@@ -24,7 +24,7 @@ test: lint ## lint, then every test
 gate: $(INSTALLED) ## has accuracy fallen since results/reference/gate.json was recorded? (minutes)
 	$(BIN)/python -m harness.gate --reference results/reference/gate.json
 
-parity: $(INSTALLED) ## does the int4 execution of every method do what its simulation does? (20 minutes on 2 cores)
+parity: $(INSTALLED) ## does the int4 execution of every method do what its simulation does? (two hours on 2 cores)
 	$(BIN)/python -m harness.parity --out results/reference/parity.json --report reports/parity.md
 
 speed: $(INSTALLED) ## time the default model simulated and in int4 beside float (minutes; fails above 2x float)

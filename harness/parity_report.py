@@ -12,6 +12,7 @@ from harness import agreement, store
 from harness.agreement import Agreement, Codes, Output
 from harness.markdown import plain, table
 from methods.bits import QuantiserSettings
+from methods.registry import method_classes
 
 SCHEMA = 1
 THRESHOLDS = {
@@ -138,6 +139,7 @@ def _sections(record: dict[str, Any]) -> list[str]:
     text = ["# Parity of the simulated and the int4 execution", f"**{verdict}.**"]
     if not record["complete"]:
         text.append("The run was not finished.")
+    text += _lacking(record)
     text.append(_GUIDE.format(**record["thresholds"]))
     for model in record["models"]:
         own = [row for row in rows if row["model"] == model["name"]]
@@ -149,6 +151,17 @@ def _sections(record: dict[str, Any]) -> list[str]:
     text += _refused([row for row in rows if row["status"] == "n/a"], record["left_out"])
     text += ["## What ran", _implementations(rows)]
     return [*text, "## Settings", *_settings(record)]
+
+
+def _lacking(record: dict[str, Any]) -> list[str]:
+    """The registered methods that these results do not have, of each model."""
+    lines = []
+    for model in record["models"]:
+        held = {row["method"].partition(":")[0] for row in record["rows"] if row["model"] == model["name"]}
+        missing = sorted(method_classes().keys() - held - {"float", *record["left_out"]})
+        if missing:
+            lines.append(f"Not compared on {model['name']}: {', '.join(f'`{name}`' for name in missing)}.")
+    return lines
 
 
 def _line(row: dict[str, Any]) -> list[str]:

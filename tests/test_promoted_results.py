@@ -141,6 +141,44 @@ def test_the_speeds_of_decoders_in_the_readme_are_those_on_record(root: Path) ->
     assert f"take {share:.3f} of bf16's bytes" in readme
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("llama-3.2-1b", "(w4a4kv4 {:.2f} times bf16)"), ("qwen2.5-7b", "({:.2f} times)")]
+)
+def test_the_speeds_of_other_shapes_in_the_readme_are_those_on_record(
+    root: Path, name: str, said: str
+) -> None:
+    record = json.loads((root / "results" / "reference" / f"speed-h100-{name}.json").read_text())
+    [step] = [
+        row["speed"]
+        for row in record["results"]
+        if (row["form"], row["phase"], row["batch"], row["context"]) == ("w4a4kv4", "decode", 1, 1024)
+    ]
+    assert f"(reports/speed-{name}/report.md)" in (root / "README.md").read_text()
+    assert said.format(step) in " ".join((root / "README.md").read_text().split())
+
+
+def test_the_speeds_of_rounding_in_the_readme_are_those_on_record(root: Path) -> None:
+    record = json.loads((root / "results" / "reference" / "rounding-h100.json").read_text())
+    readme = " ".join((root / "README.md").read_text().split())
+    for operation, said in (
+        ("find_range", "ranges is {:.0f} to {:.0f} times as fast as in plain torch"),
+        ("gptq_block", "GPTQ's columns {:.0f} to {:.0f} times"),
+    ):
+        times: dict[str, dict[str, float]] = {}
+        for row in record["results"]:
+            if row["operation"] == operation:
+                times.setdefault(row["layer"], {})[row["name"]] = statistics.median(row["seconds"])
+        faster = sorted(layer["reference"] / layer["ours"] for layer in times.values())
+        assert len(faster) == 4
+        assert said.format(faster[0], faster[-1]) in readme
+
+
+def test_every_row_of_the_parity_on_a_gpu_agrees(root: Path) -> None:
+    record = json.loads((root / "results" / "reference" / "parity-h100.json").read_text())
+    assert {row["status"] for row in record["rows"]} == {"agrees"}
+    assert f"all {len(record['rows'])} rows agree" in " ".join((root / "README.md").read_text().split())
+
+
 def test_the_speeds_of_attention_in_the_readme_are_those_on_record(root: Path) -> None:
     record = json.loads((root / "results" / "reference" / "kv-attention-h100.json").read_text())
     readme = " ".join((root / "README.md").read_text().split())
@@ -190,7 +228,7 @@ def moved(root: Path, folder: str) -> dict[tuple[str, str], list[tuple[float, fl
 def test_the_cells_of_another_machine_in_the_readme_are_those_on_record(root: Path) -> None:
     readme = " ".join((root / "README.md").read_text().split())
     cells = moved(root, "int4-h100")
-    assert len(cells) == 6
+    assert len(cells) == 10
     for (name, bits), [(level, difference, error)] in cells.items():
         if name == "float":
             assert f"| float | {level:.4f} | {difference:+.5f} |" in readme
@@ -217,4 +255,4 @@ def test_the_cells_of_another_machine_are_within_the_stated_bounds(
 ) -> None:
     folders = [str(root / "results" / "reference" / name) for name in ("int4", "int4-h100")]
     assert compare.main([*folders, "--within"]) == 0
-    assert "within bounds: all 23 comparisons of 6 cells" in capsys.readouterr().out
+    assert "within bounds: all 39 comparisons of 10 cells" in capsys.readouterr().out
