@@ -189,13 +189,18 @@ def test_the_parity_on_a_gpu_is_what_the_readme_says(root: Path) -> None:
     assert f"{exact} are of the small models in float64" in readme
     large = [row for row in record["rows"] if row["dtype"] == "float32"]
     assert f"and {len(large)} of the default model in float32" in readme
-    for row in large:
-        for operation, ran in row["implementations"].items():
-            reference = all(name.startswith("reference") for name in ran)
-            if operation.startswith(("kv_attention", "dense")) or operation.endswith("a16"):
-                assert reference, operation
-            if operation in ("linear w4a8", "linear w4a4"):
-                assert not reference, operation
+    ran = {
+        (operation, name.partition(" ")[0])
+        for row in large
+        for operation, names in row["implementations"].items()
+        for name in names
+    }
+    for operation, by in ran:
+        if operation.startswith(("kv_attention", "dense")) or operation.endswith("a16"):
+            assert by == "reference", operation
+    assert {
+        (name, "triton,") for name in ("linear w4a8", "linear w4a4", "hadamard", "rope_append kv4")
+    } <= ran
 
 
 def test_the_speeds_of_attention_in_the_readme_are_those_on_record(root: Path) -> None:
