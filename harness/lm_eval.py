@@ -20,6 +20,7 @@ from methods.distribution import refuse_foreign_kernels
 from methods.errors import UserError
 
 _OWN = ("kernels", "methods", "harness")
+_OPTIONS = ("batch_size", "max_batch_size", "device")  # those that lm-eval hands to a model
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,17 +51,21 @@ def run() -> None:
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
-    import harness.cell_lm  # noqa: F401  registers the model
+    from harness.cell_lm import read_arguments, with_options  # importing it registers the model
+    from methods.device import parse_device
 
     setup_logging()
     command = HarnessCLI()
     arguments = command.parse_args()
     if hasattr(arguments, "include_path"):
         arguments.include_path = include_paths(arguments)
-    if getattr(arguments, "device", None) and arguments.model == "quantgrid":
-        from methods.device import parse_device
-
-        parse_device(arguments.device)  # before anything is loaded, and with no CPU in place of a missing GPU
+    if getattr(arguments, "model", None) == "quantgrid":
+        # Before lm-eval lists its tasks, which takes a while; and no CPU takes the place of a GPU asked for.
+        if arguments.device:
+            parse_device(arguments.device)
+        if not arguments.config:
+            given = {name: getattr(arguments, name, None) for name in _OPTIONS}
+            _ = read_arguments(with_options(arguments.model_args or {}, given)).cell
     command.execute(arguments)
 
 
