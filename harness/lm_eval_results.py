@@ -10,10 +10,10 @@ demand alone, are left out: the record's samples name them by number and digest.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from harness import store
 from harness.store import Record
@@ -30,7 +30,7 @@ def of_task(output: Record, name: str, output_type: str, max_length: int) -> Rec
     """What the record keeps of lm-eval's output on one task, `evaluate(..., log_samples=True)`, beside the
     scores: {"output_type", "max_length", "version", "higher_is_better", "results": lm-eval's entry,
     "task_hash": the digest over all documents, prompts and targets that its results file carries}."""
-    from lm_eval.utils import hash_string
+    from lm_eval.utils import handle_non_serializable, hash_string
 
     hashes = (row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in output["samples"][name])
     return {
@@ -38,14 +38,14 @@ def of_task(output: Record, name: str, output_type: str, max_length: int) -> Rec
         "max_length": max_length,
         "version": output["versions"].get(name),
         "higher_is_better": output["higher_is_better"].get(name, {}),
-        "results": {key: _plain(value) for key, value in output["results"][name].items()},
+        "results": {
+            key: _NOT_AVAILABLE if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in json.loads(
+                json.dumps(output["results"][name], default=handle_non_serializable)
+            ).items()
+        },
         "task_hash": hash_string("".join(hashes)),
     }
-
-
-def _plain(value: Any) -> Any:
-    value = value.item() if hasattr(value, "item") else value
-    return _NOT_AVAILABLE if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def of_record(record: Record) -> Record | None:

@@ -20,3 +20,11 @@ def opened_once() -> Iterator[None]:
         patch.setattr(checkpoint, "open_checkpoint", opened)
         patch.setattr(cell, "open_checkpoint", opened)
         yield
+
+
+@pytest.fixture
+def own_tasks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare lm-eval the listing of its thousands of tasks, which takes longer than all else."""
+    from lm_eval import tasks
+
+    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
