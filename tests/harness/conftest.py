@@ -23,8 +23,10 @@ def opened_once() -> Iterator[None]:
 
 
 @pytest.fixture
-def own_tasks_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare lm-eval the listing of its thousands of tasks, which takes longer than all else."""
-    from lm_eval import tasks
+def lm_eval_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's command line in this process: it is spared the listing of its thousands of tasks, which takes
+    longer than all else, and leaves the process's logging alone."""
+    from lm_eval import tasks, utils
 
     monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
+    monkeypatch.setattr(utils, "setup_logging", lambda: None)

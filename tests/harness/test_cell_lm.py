@@ -43,7 +43,7 @@ def evaluate(*arguments: str) -> int:
 # Mistakes
 
 
-@pytest.mark.usefixtures("own_tasks_only")
+@pytest.mark.usefixtures("lm_eval_in_process")
 @pytest.mark.parametrize(
     "given, said",
     [
@@ -81,7 +81,7 @@ def test_a_mistake_is_one_line(
     assert "Traceback" not in errors
 
 
-@pytest.mark.usefixtures("own_tasks_only")
+@pytest.mark.usefixtures("lm_eval_in_process")
 def test_a_bug_here_is_no_mistake_of_the_users(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise ValueError("shapes differ")

@@ -94,7 +94,7 @@ def evaluate(*arguments: str) -> int:
 
 
 @pytest.mark.parametrize("method", ["float", "rtn", COMPOSED])
-@pytest.mark.usefixtures("own_tasks_only")
+@pytest.mark.usefixtures("lm_eval_in_process")
 def test_numbers_are_those_of_the_grids_cell(
     method: str, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,7 +241,7 @@ def group(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("own_tasks_only")
+@pytest.mark.usefixtures("lm_eval_in_process")
 @pytest.mark.parametrize(
     "chosen",
     [
@@ -275,7 +275,7 @@ def test_groups_examples_and_chat_are_lm_evals(
         assert scores[1] == pytest.approx(scores[0], abs=1e-4)
 
 
-@pytest.mark.usefixtures("own_tasks_only")
+@pytest.mark.usefixtures("lm_eval_in_process")
 def test_the_answer_cache_serves_one_cell_alone(
     small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
