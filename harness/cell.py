@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import sys
 import time
 import traceback
@@ -18,24 +17,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness import diagnostics, environment, store
+from harness import diagnostics, environment, lm_eval_results, quantising, store
 from harness.cell_speed import speed_record
 from harness.config import CellSpec, GridConfig
 from harness.evaluate import TaskPlan, batch_spread, float_reference, plan_tasks, run_task
-from harness.execution import counted, execution_of, memory_record
+from harness.execution import counted, memory_record
 from harness.perturb import Perturbation
 from harness.progress import Steps
+from harness.quantising import Calibration, artifact_folder, digest, open_calibration, quantise_cell
 from harness.store import Record
-from methods import artifacts, assets, lattice
-from methods.bits import Bits
-from methods.calibration import Corpus, contamination, load_corpus, token_windows
+from methods import artifacts, lattice
+from methods.calibration import load_corpus, token_windows
 from methods.checkpoint import Checkpoint, open_checkpoint
 from methods.device import parse_device
 from methods.errors import NotApplicableError, UserError
 from methods.footprint import effective_bits, model_bits
 from methods.kurtosis import block_input_kurtosis
-from methods.method import Artifact, Context
-from methods.pipeline import Pipeline, Quantised, quantise
+from methods.method import Artifact
+from methods.pipeline import Quantised
 
 PROBE_TOKENS = 1024
 
@@ -48,20 +47,6 @@ class Model:
     tasks: list[TaskPlan]
     about: Record
     probe: Tensor
-
-
-@dataclass
-class Calibration:
-    """The calibration text and what is on record about it."""
-
-    corpus: Corpus
-    about: Record
-
-    def tokens(self, model: Model, grid: GridConfig, pipeline: Pipeline, seed: int) -> Tensor:
-        samples, length = pipeline.calibration_shape(grid.calibration.samples, grid.calibration.length)
-        return token_windows(
-            self.corpus, model.checkpoint.tokenizer, samples=samples, length=length, seed=seed
-        )
 
 
 @dataclass(frozen=True)
@@ -80,11 +65,7 @@ def open_setting(grid: GridConfig, command: str, perturbation: Perturbation | No
     device = parse_device(grid.device)
     if grid.threads is not None:
         torch.set_num_threads(grid.threads)
-    corpus = load_corpus(grid.calibration.corpus, "calibration")
-    about: Record = {"name": corpus.name, "sha256": corpus.sha256, "source": corpus.source}
-    if grid.calibration.corpus != "boolq":
-        about["shared_13_grams_with_evaluation"] = contamination(corpus)
-    return Setting(grid, Calibration(corpus, about), device, command, perturbation)
+    return Setting(grid, open_calibration(grid), device, command, perturbation)
 
 
 def open_model(name: str, grid: GridConfig) -> Model:
@@ -107,58 +88,11 @@ def open_model(name: str, grid: GridConfig) -> Model:
 
 def identity(cell: CellSpec, model: Model, setting: Setting) -> Record:
     """Everything that can change a cell's numbers, tasks aside: those carry keys of their own."""
-    grid, pipeline = setting.grid, cell.pipeline
-    samples, length = pipeline.calibration_shape(grid.calibration.samples, grid.calibration.length)
-    calibrated = pipeline.calibrates(Bits.parse(cell.bits), grid.quantiser)
-    perturbed = {} if setting.perturbation is None else dataclasses.asdict(setting.perturbation)
-    return {
-        "model": model.about["sha256"],
-        "method": method_record(pipeline),
-        "bits": cell.bits,
-        "seed": cell.seed,
-        "execution": execution_of(pipeline, grid),
-        "quantiser": dataclasses.asdict(grid.quantiser),
-        "calibration": {**setting.calibration.about, "samples": samples, "length": length}
-        if calibrated
-        else None,
-        "dtype": grid.dtype,
-        "batch_size": grid.batch_size if setting.device.type != "cpu" else None,
-        **({"perturbation": perturbed} if perturbed else {}),
-        "environment": environment.describe(setting.device),
-    }
-
-
-def method_record(pipeline: Pipeline) -> Record:
-    rounding = "" if pipeline.name == pipeline.rounding or pipeline.is_float else f" ({pipeline.rounding})"
-    preset = " [paper preset]" if any(part.preset == "paper" for part in pipeline.parts) else ""
-    return {
-        "row": _row_name(pipeline) + rounding + preset,
-        "spec": pipeline.spec,
-        "name": pipeline.name,
-        "rounding": pipeline.rounding,
-        "preset": pipeline.lead.preset,
-        "options": {part.name: dataclasses.asdict(part) for part in pipeline.parts},
-        "plugins": {part.name: environment.plugin_digest(type(part)) for part in pipeline.parts},
-        "paper": "; ".join(dict.fromkeys(part.paper for part in pipeline.parts)),
-    }
-
-
-def _row_name(pipeline: Pipeline) -> str:
-    """The method's name with those options that differ from its defaults, rounding and preset aside."""
-    names = []
-    for part in pipeline.parts:
-        defaults = dataclasses.asdict(type(part)())
-        changed = [
-            f"{key}={value}"
-            for key, value in dataclasses.asdict(part).items()
-            if value != defaults[key] and key not in ("rounding", "preset")
-        ]
-        names.append(part.name + (f":{';'.join(changed)}" if changed else ""))
-    return "+".join(names)
-
-
-def digest(value: Record) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    sha256 = model.about["sha256"]
+    about = quantising.identity(cell, sha256, setting.grid, setting.calibration, setting.device)
+    if setting.perturbation is not None:
+        about["perturbation"] = dataclasses.asdict(setting.perturbation)
+    return about
 
 
 def new_record(about: Record, model: Model, setting: Setting) -> Record:
@@ -217,6 +151,7 @@ def settled(folder: Path, model: Model, retry_failed: bool, say: Callable[[str],
         return None
     record |= {"tasks": kept, "status": _status(kept, model)}
     store.write_record(folder, record)
+    lm_eval_results.write(folder, record)
     return record
 
 
@@ -270,6 +205,7 @@ class CellRun:
                 record |= {"status": "failed", "failure": self._failure(self.steps.stage, error)}
         record["measured"] |= {**memory.record(), "finished": store.now()}
         store.write_record(self.folder, record)
+        lm_eval_results.write(self.folder, record)
         store.note(self.folder, "finished", status=record["status"])
         return record
 
@@ -317,26 +253,16 @@ class CellRun:
         return checkpoint if perturbation is None else perturbation.checkpoint(checkpoint)
 
     def _quantise(self) -> Quantised:
-        grid, pipeline, bits = self.setting.grid, self.cell.pipeline, Bits.parse(self.cell.bits)
-        tokens = None
-        if pipeline.calibrates(bits, grid.quantiser):
-            tokens = self.setting.calibration.tokens(self.model, grid, pipeline, self.cell.seed)
-        return quantise(
+        return quantise_cell(
+            self.cell,
             self._checkpoint,
-            pipeline,
-            bits,
-            Context(
-                self.setting.device,
-                self.cell.seed,
-                lambda _, done, total: self.steps.advance(done, total),
-                # What is learned from a perturbed model must not serve the others.
-                artifact_folder() if self.setting.perturbation is None else None,
-            ),
-            settings=grid.quantiser,
-            calibration=tokens,
-            probe=None if pipeline.is_float else self.model.probe,
-            dtype=self._dtype,
-            execution=execution_of(pipeline, grid),
+            self.setting.grid,
+            self.setting.calibration,
+            self.setting.device,
+            progress=self.steps.advance,
+            # What is learned from a perturbed model must not serve the others.
+            cache=artifact_folder() if self.setting.perturbation is None else None,
+            probe=None if self.cell.pipeline.is_float else self.model.probe,
         )
 
     @property
@@ -404,10 +330,6 @@ class CellRun:
             if spread is not None:
                 return {"batch_spread": spread}
         return {}
-
-
-def artifact_folder() -> Path:
-    return assets.home() / "artifacts"
 
 
 def failure(stage: str, error: Exception) -> Record:

@@ -52,12 +52,28 @@ class MethodEntry(_Strict):
         return None if value is None else tuple(str(Bits.parse(item)) for item in value)
 
 
-class GridConfig(_Strict):
+class CellSettings(_Strict):
+    """What can change a cell's numbers beside its model, method, bits, seed and tasks.
+
+    `execution`: "simulate" computes with the floats that the codes stand for, "int4" with packed codes.
+    `max_length`: tokens that the model reads at most in lm-eval's tasks.
+    """
+
+    calibration: CalibrationConfig = CalibrationConfig()
+    quantiser: QuantiserSettings = QuantiserSettings()
+    execution: Literal["simulate", "int4"] = "simulate"
+    device: str = "cpu"
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    threads: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=1, ge=1)
+    max_length: int = Field(default=2048, ge=16)
+
+
+class GridConfig(CellSettings):
     """A grid of methods x models x bits x tasks and the settings that all its cells share.
 
     `limits` gives single tasks a limit of their own. `seeds` is the number of repetitions, seeded 0, 1,
-    ...; `subset_seed` draws the documents, the same for every cell. Lengths are in tokens. `execution`:
-    "simulate" computes with the floats that the codes stand for, "int4" with packed codes. `time_limit`:
+    ...; `subset_seed` draws the documents, the same for every cell. Lengths are in tokens. `time_limit`:
     minutes a cell may take before it is given up as hanging.
     """
 
@@ -70,14 +86,6 @@ class GridConfig(_Strict):
     limits: dict[str, int] = {}
     seeds: int = Field(default=1, ge=1)
     subset_seed: int = 0
-    calibration: CalibrationConfig = CalibrationConfig()
-    quantiser: QuantiserSettings = QuantiserSettings()
-    execution: Literal["simulate", "int4"] = "simulate"
-    device: str = "cpu"
-    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
-    threads: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=1, ge=1)
-    max_length: int = Field(default=2048, ge=16)
     perplexity_length: int = Field(default=2048, ge=16)
     time_limit: float = Field(default=1440, gt=0, allow_inf_nan=False)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness import divergence, documents, perplexity, tasks
+from harness import divergence, documents, lm_eval_results, perplexity, tasks
 from harness.config import GridConfig
 from harness.lm import DecoderLM
 from methods.calibration import evaluation_text
@@ -260,7 +260,7 @@ def _run_lm_eval(plan: TaskPlan, lm: DecoderLM) -> TaskResult:
         lm=lm,
         task_dict={"tasks": {plan.name: task}, "groups": {}},
         samples={plan.name: sorted(plan.ids)},  # any other order would be labelled wrongly
-        bootstrap_iters=1000,
+        bootstrap_iters=lm_eval_results.BOOTSTRAP,
         log_samples=True,
     )
     metrics = _metrics(output["results"][plan.name], output["higher_is_better"].get(plan.name, {}))
@@ -268,7 +268,10 @@ def _run_lm_eval(plan: TaskPlan, lm: DecoderLM) -> TaskResult:
     bad = [row["doc_id"] for row in rows if not _is_finite(row["metrics"]) or not _is_finite(row)]
     if bad or not _is_finite(metrics):
         raise UserError(f"{plan.name}: the scores of documents {bad[:5]} are not finite")
-    facts: dict[str, Any] = {"n_shot": _shots(task)}
+    facts: dict[str, Any] = {
+        "n_shot": _shots(task),
+        "lm_eval": lm_eval_results.of_task(output, plan.name, str(task.OUTPUT_TYPE), lm.max_length),
+    }
     errors = documents.cluster_errors(rows, _means(task, metrics, rows))
     for name, error in errors.items():
         metrics[name]["stderr"] = error

@@ -20,16 +20,16 @@ from methods.method import Plan
 from methods.pipeline import Pipeline
 
 if TYPE_CHECKING:  # it needs what a bare GPU machine has not
-    from harness.config import GridConfig
+    from harness.config import CellSettings
 
 HASH_DIGITS = 16
 """How much of a SHA-256 names a table of tuning choices in a record."""
 
 
-def execution_of(pipeline: Pipeline, grid: GridConfig) -> str:
-    """A cell's execution: the grid's, but "simulate" of a float cell, which has nothing to pack. It is thus
-    one cell in grids of either execution, and the reference of both."""
-    return "simulate" if pipeline.is_float else grid.execution
+def execution_of(pipeline: Pipeline, settings: CellSettings) -> str:
+    """A cell's execution: the settings', but "simulate" of a float cell, which has nothing to pack. It is
+    thus one cell in grids of either execution, and the reference of both."""
+    return "simulate" if pipeline.is_float else settings.execution
 
 
 def memory_record(decoder: Decoder, plan: Plan) -> Record:

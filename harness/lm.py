@@ -5,8 +5,6 @@ same to the last bit whatever the batch size, the order and the neighbours: fake
 difference into another code, and a score that moves with the batch size cannot be compared. Requests with one
 context share a single pass over it, which does not depend on what follows. On a GPU requests are computed in
 padded batches, and results depend on the batch in their last bits.
-
-Importing this module registers the class with lm-eval under the name "quantgrid".
 """
 
 from __future__ import annotations
@@ -19,11 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
-import lm_eval.models  # noqa: F401  lm-eval lists its own models only while its registry is empty
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
 from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
@@ -57,7 +53,6 @@ class Request:
         return self.context + self.continuation[:-1]
 
 
-@register_model("quantgrid")
 class DecoderLM(TemplateLM):
     """A built decoder and its tokenizer as an lm-eval model.
 

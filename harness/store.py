@@ -3,6 +3,7 @@
     <run>/run.json                      the cells of the last command, by their ids
     <run>/<cell id>/cell.json           what was measured; "sha256" seals all but its costs and dates
     <run>/<cell id>/samples/TASK.jsonl  one line a document; its sha256 stands in the record
+    <run>/<cell id>/results_DATE.json   its scores as lm-eval writes them (harness/lm_eval_results.py)
     <run>/<cell id>/history.jsonl       what happened to the cell and when, one line an event
     <run>/<cell id>/output.log          what the cell's process printed
 

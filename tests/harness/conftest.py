@@ -20,3 +20,13 @@ def opened_once() -> Iterator[None]:
         patch.setattr(checkpoint, "open_checkpoint", opened)
         patch.setattr(cell, "open_checkpoint", opened)
         yield
+
+
+@pytest.fixture
+def lm_eval_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's command line in this process: it is spared the listing of its thousands of tasks, which takes
+    longer than all else, and leaves the process's logging alone."""
+    from lm_eval import tasks, utils
+
+    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
+    monkeypatch.setattr(utils, "setup_logging", lambda: None)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness import cell, grid
+from harness import cell, grid, quantising
 from harness.config import load_grid
 from methods.decoder import Decoder, State
 from tests.harness.small_grid import TASKS, save_model, write_grid
@@ -107,7 +107,7 @@ def test_what_is_done_is_not_done_again(
     for name, (metrics, samples) in before.items():
         assert {task: after[name][0][task] for task in metrics} == metrics
         assert {file: after[name][1][file] for file in samples} == samples
-    monkeypatch.setattr(cell, "quantise", _never)
+    monkeypatch.setattr(quantising, "quantise", _never)
     assert run(settings, out) == 0
 
 

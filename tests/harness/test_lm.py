@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from itertools import islice
 from typing import Any
 
@@ -434,12 +432,3 @@ def test_lm_evals_answer_cache_is_refused(small: Any, tmp_path: Any) -> None:
     mine, _ = both(small, False)
     with pytest.raises(UserError, match="use_cache"):
         CachingLM(mine, str(tmp_path / "cache.db"))
-
-
-def test_registering_does_not_hide_lm_evals_models(root: Any) -> None:
-    code = (
-        "import harness.lm; from lm_eval.api.registry import get_model; "
-        "print(get_model('quantgrid').__name__, get_model('hf').__name__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["DecoderLM", "HFLM"]

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import baseline, cell, evaluate, gate, lm, perplexity, recording
+from harness import baseline, cell, evaluate, gate, lm, perplexity, quantising, recording
 from harness.baseline import BASE, Reference
 from harness.config import GridConfig, load_grid
 from harness.engine import run_grid
@@ -95,7 +95,7 @@ MADE: dict[str, Quantised] = {}
 def making(method: str) -> Callable[..., Quantised]:
     """`quantise`, which keeps in `MADE` what it makes. QuaRot's weights are rounded to nearest without
     running the model; were that to change, a bug in a forward pass would be no matter of scoring alone."""
-    original = cell.quantise
+    original = quantising.quantise
 
     def call(*given: Any, **named: Any) -> Quantised:
         with pytest.MonkeyPatch.context() as patch:
@@ -123,7 +123,7 @@ def references(grid: GridConfig, tmp_path_factory: pytest.TempPathFactory) -> Ca
         folder = tmp_path_factory.mktemp("reference")
         trials = [Trial(f"noise {seed}", 1, noise=seed) for seed in range(1, noises + 1)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cell, "quantise", making(method))
+            patch.setattr(quantising, "quantise", making(method))
             runs = {BASE: run(own, folder / BASE, None)}
         for trial in trials:
             runs[trial.name] = run(own, folder / trial.name, Perturbation(noise=trial.noise))
@@ -410,7 +410,7 @@ AFTERWARDS = (
 def planted(patch: pytest.MonkeyPatch, method: str, item: Plant) -> None:
     item(patch)
     if method == QUAROT and item in AFTERWARDS:
-        patch.setattr(cell, "quantise", lambda *_, **__: MADE[QUAROT])
+        patch.setattr(quantising, "quantise", lambda *_, **__: MADE[QUAROT])
 
 
 # Through the gate
