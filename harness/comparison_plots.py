@@ -21,6 +21,8 @@ WORSE, BETTER, ABSENT = "#D55E00", "#0072B2", "#EEEEEE"
 """Vermillion and blue of Okabe and Ito's palette: apart under every common colour blindness."""
 INK, PAPER = "#1A1A1A", "#FAFAFA"
 """Words on a coloured cell: they keep their colour on a dark page, as the cell does."""
+DARK = 0.19
+"""Relative luminance below which PAPER stands out from a cell better than INK does."""
 FRONT = "#777777"
 EQUAL = 0.01
 """Share of a cost by which two rows may differ and still cost the same."""
@@ -121,15 +123,18 @@ def pareto_figure(path: Path, panels: Sequence[CostPanel], order: Sequence[str],
                 label=label,
                 **line_style(order.index(label)) | {"linestyle": "none", "elinewidth": 1.0},
             )
-        for place, point in enumerate(best):
+        named: dict[float, list[Point]] = {}
+        for point in best:
             if point is not panel.reference:
-                axes.annotate(
-                    point.bits,
-                    (point.cost, point.value),
-                    xytext=(5, -10 if place % 2 else 5),
-                    textcoords="offset points",
-                    fontsize=7,
-                )
+                named.setdefault(point.value, []).append(point)
+        for place, (value, points) in enumerate(named.items()):  # equal ones stand on each other
+            axes.annotate(
+                ", ".join(dict.fromkeys(point.bits for point in points)),
+                (points[0].cost, value),
+                xytext=(5, -10 if place % 2 else 5),
+                textcoords="offset points",
+                fontsize=7,
+            )
         costs = [point.cost for point in everything]
         axes.margins(x=0.18)
         axes.set_xlabel(panel.across)
@@ -191,8 +196,7 @@ def errors_figure(path: Path, panels: Sequence[ErrorPanel], order: Sequence[str]
 def _heat_cell(axes: Axes, column: int, line: int, cell: tuple[str, float] | None) -> None:
     colour = ABSENT if cell is None else shade(cell[1])
     axes.add_patch(Rectangle((column + 0.02, line + 0.04), 0.96, 0.92, facecolor=colour, linewidth=0))
-    red, green, blue = to_rgb(colour)
-    dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.45
+    dark = _luminance(colour) < DARK
     words: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8, "color": PAPER if dark else INK}
     axes.text(column + 0.5, line + 0.5, "–" if cell is None else cell[0], **words)
 
@@ -205,6 +209,13 @@ def shade(strength: float) -> str:
     ends = zip(to_rgb(PAPER), to_rgb(end), strict=True)
     mixed = (round(255 * (pale + share * (full - pale))) for pale, full in ends)
     return "#" + "".join(f"{part:02X}" for part in mixed)
+
+
+def _luminance(colour: str) -> float:
+    """Relative luminance as the Web Content Accessibility Guidelines define it, of sRGB."""
+    parts = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour))
+    red, green, blue = parts
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def _wide_axis(axes: Axes, values: Sequence[float]) -> None:

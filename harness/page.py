@@ -17,6 +17,8 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 """What the browser may load: what is in the file."""
 FILTERED = 6
 """Lines from which on a table has a filter."""
+LONG = 60
+"""Characters of a cell from which on it breaks into lines."""
 PAGE_COLOURS = {
     "#000000": "currentColor",
     "#ffffff": "var(--page)",
@@ -156,7 +158,8 @@ def sort_key(text: str) -> float | None:
 def _cell(text: str, right: bool) -> str:
     key = sort_key(text)
     marked = "" if key is None else f' data-key="{key!r}"'
-    return f"<td{' class=right' if right else ''}{marked}>{_inline(text)}</td>"
+    kind = "long" if len(text) > LONG else "right" if right else ""
+    return f"<td{f' class={kind}' if kind else ''}{marked}>{_inline(text)}</td>"
 
 
 def _cells(line: str) -> list[str]:
