@@ -244,11 +244,12 @@ def _tasks_section(cells: Sequence[Cell], models: Sequence[Model]) -> list[str]:
         counts = distinct(count_text(entry, unit) for entry in entries)
         protocol = distinct(entry.get("protocol") for entry in entries)
         metric = "perplexity" if column.kind == "perplexity" else column.metric or "–"
-        lines.append([name, metric, distinct(chances), counts, protocol])
+        data = distinct(str(entry["data"])[:12] for entry in entries if entry.get("data"))
+        lines.append([name, metric, distinct(chances), counts, protocol, data])
         departs = distinct(upstream_text(entry) for entry in entries)
         differences += [f"- **{name}** {plain(departs)}"] if departs != "–" else []
-    text = ["## Tasks and protocols"]
-    text += [table(["task", "metric", "chance (%)", "scored", "protocol"], lines) if lines else "none"]
+    head = ["task", "metric", "chance (%)", "scored", "protocol", "data, sha256"]
+    text = ["## Tasks and protocols", table(head, lines) if lines else "none"]
     return [
         *text,
         *(

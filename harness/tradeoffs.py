@@ -28,7 +28,8 @@ MEASURED = """\
 noise may have ordered them.*"""
 LEARNING = "seconds to quantise (learning where it was learned, transform, rounding; without scoring)"
 SPEED = (
-    "tokens per second of the small workload below, where more is better: the best rows stand on the right"
+    "tokens per second of the small workload below, where more is better and the best rows stand on the "
+    "right (a simulated row computes in floats: that says nothing of its method's speed)"
 )
 HELD = (
     f"bytes that were held for the model and the KV cache of {TOKENS:,} tokens, of rows of int4 execution "

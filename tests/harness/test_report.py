@@ -408,6 +408,7 @@ def test_a_report_is_replaced_whole_or_not_at_all(
     run = tmp_path / "run"
     write_cell(run, "float", "w16a16")
     write_cell(run, "rtn", "w4a16")
+    write_cell(run, "quarot", "w4a16")
     report.write_report(run)
     files = [run / "report.md", run / "report.html", *(run / "figures").iterdir()]
     assert len(files) > 5

@@ -156,7 +156,9 @@ def test_the_cost_table_has_tokens_and_energy(run: Path, text: str, tmp_path: Pa
     assert (line["calibration (tokens)"], line["energy (J)"]) == ("–", "–")
     assert "learning (tokens)" not in cost, "nothing was learned"
     learned = write_cell(tmp_path, "quarot", "w4a16")
-    facts = {"tokens": {"seen": 4096}, "tuning": {"tokens": {"seen": 1000, "different": 10}}}
+    ends = {"before": 3.0, "after": 2.9, "windows": 2}
+    tuning = {"parameters": {"kept": 5, "scale": 6}, "loss": [3.0], "tuned_on": ends, "held_out": ends}
+    facts = {"tokens": {"seen": 4096}, "tuning": {**tuning, "tokens": {"seen": 1000, "different": 10}}}
     edit(learned, lambda record: record["diagnostics"].update(learned={"quarot": facts}))
     edit(learned, lambda record: record["measured"].update(joules=None))
     cost = table(text_of(tmp_path), "## Cost")[0]
