@@ -271,12 +271,12 @@ def _settings_section(run: Run) -> list[str]:
             **({} if cell.is_float else {f"quantisers at {cell.bits}": quantisers_text(record, cell.bits)}),
             # A float cell has nothing to execute otherwise: it is the same cell in every grid.
             "execution": None if cell.is_float else record.get("execution"),
-            f"options of {record['method']['row']}": options_text(record["method"]),
             "dtype": record.get("dtype"),
             "batch_size": record.get("batch_size"),
             "seed": cell.seed,
             **environment,
             **_batch_spread(record),
+            f"options of {record['method']['row']}": options_text(record["method"]),
         }
         for key, value in text.items():
             values.setdefault(key, []).append("" if value in (None, {}) else str(value))

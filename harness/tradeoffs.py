@@ -24,8 +24,8 @@ standard error: rows whose bars overlap may have another order. Bits are of ever
 the embedding and lm_head at 16 bits included{bytes}.*"""
 BYTES = f"; bytes are what the bit-widths promise of the model and the KV cache of {TOKENS:,} tokens"
 MEASURED = """\
-*As above, against what was measured: {}. Where rows stand close together in the cost, the machine's own \
-noise may have ordered them.*"""
+*Markers, line and bars as in the figure of bits, against what was measured: {}. Where rows stand close \
+together in the cost, the machine's own noise may have ordered them.*"""
 LEARNING = "seconds to quantise (learning where it was learned, transform, rounding; without scoring)"
 SPEED = (
     "tokens per second of the small workload below, where more is better and the best rows stand on the "
