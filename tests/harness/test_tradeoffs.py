@@ -184,6 +184,16 @@ def test_the_heat_map_holds_the_differences_of_the_tables(run: Path, text: str) 
         assert float(cell.rstrip("*")) == pytest.approx(value, abs=slack)
         assert cell[len(cell.rstrip("*")) :] == stars
     assert any(cell.endswith("**") for cell in cells)
+    svg = (run / "figures" / f"{STEM}-tasks.svg").read_text(encoding="utf-8")
+    drawn = re.findall(r'<g id="patch_\d+">\s*<path [^>]*fill: (#[0-9a-f]{6})', svg)
+    fills = [fill for fill in drawn if fill != "#ffffff"]
+    assert len(fills) == len(cells)
+    for fill, cell, (value, _, _), accuracy in zip(
+        fills, cells, expected, [False] * 12 + [True] * 18, strict=True
+    ):
+        red, blue = int(fill[1:3], 16), int(fill[5:7], 16)
+        worse = value < 0 if accuracy else value > 0
+        assert abs(value) < 0.02 or (red > blue) == worse, (fill, cell)
     assert {"wikipedia", "news", "boolq", "piqa", "mmlu"} <= set(said)
     assert text.count(f"figures/{STEM}-tasks.svg)\n\n*") == 1
 
