@@ -30,7 +30,11 @@ from tests.harness.runs import (
 )
 
 STEM = "smollm2-135m-instruct"
-SPEED = {"decode_tokens_per_second": 50.0, "prefill_tokens_per_second": 9.0, "prefill_tokens": 128}
+SPEED: dict[str, Any] = {
+    "decode_tokens_per_second": 50.0,
+    "prefill_tokens_per_second": 9.0,
+    "prefill_tokens": 128,
+}
 SPEED |= {"decoded_tokens": 8, "device": "a processor", "peak_memory_bytes": None}
 MEMORY = {
     "linears": {"computed": 10 * 2**20, "measured": 11 * 2**20, "float16": 40 * 2**20},
