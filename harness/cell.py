@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness import diagnostics, environment, lm_eval_results, quantising, store
+from harness import diagnostics, environment, lm_eval_results, power, quantising, store
 from harness.cell_speed import speed_record
 from harness.config import CellSpec, GridConfig
 from harness.evaluate import TaskPlan, batch_spread, float_reference, plan_tasks, run_task
@@ -198,11 +198,13 @@ class CellRun:
             if record["measured"]["implementations"]:
                 record["measured"]["replays_counted"] = previous["measured"].get("replays_counted", False)
         store.note(self.folder, "started", kept=sorted(record["tasks"]))
-        with environment.PeakMemory(self.setting.device) as memory:
+        device = self.setting.device
+        with environment.PeakMemory(device) as memory, power.used(device) as energy:
             try:
                 self._fill(record, memory)
             except Exception as error:  # noqa: BLE001 - it is recorded and the other cells go on
                 record |= {"status": "failed", "failure": self._failure(self.steps.stage, error)}
+            record["measured"] |= energy()
         record["measured"] |= {**memory.record(), "finished": store.now()}
         store.write_record(self.folder, record)
         lm_eval_results.write(self.folder, record)

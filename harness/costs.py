@@ -5,18 +5,24 @@ All of it was measured on one machine and varies; it stands in a record's "measu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from harness.markdown import plain, table
 from harness.neighbours import shared
 from harness.records import Cell, Model, Record, Row, Run, number
 from harness.tables import distinct, mean_accuracy_text, value_text
+from harness.tradeoffs import measured_section
 
 STAGES = ("load", "learn", "transform", "round", "tune", "pack", "evaluate")
 ALWAYS = {"load", "learn", "transform", "round", "evaluate"}
 """Stages with a column of their own whether or not a cell has them."""
-MEASURED = "As measured on the machine of the settings: mean over seeds, of memory the largest."
+MEASURED = """\
+As measured on the machine of the settings: mean over seeds, of memory the largest. Tokens: of the \
+calibration text that transforms and rounding read, and, where something was learned, those that the \
+learner was shown in all. Energy stands here where a GPU's driver reported it: what the whole GPU took \
+from the beginning of the cell to its end, loading and scoring included."""
 LEARNED = """\
 Of the run that learned, on its device: of the quickest seed, of memory the largest; cells of other \
 bit-widths and later runs take it from disk. Capture: passing the calibration text for a sample. Start: \
@@ -58,7 +64,9 @@ variants were chosen."""
 MEBIBYTE = 2**20
 
 
-def cost_section(run: Run, models: Sequence[Model]) -> list[str]:
+def cost_section(run: Run, named: Sequence[tuple[Model, str]], figures: Path) -> list[str]:
+    """Writes the figures of measured costs; named: every model with the stem of its figures' names."""
+    models = [model for model, _ in named]
     rows = [
         (str(model.record["name"]), row, costs)
         for model in models
@@ -76,6 +84,7 @@ def cost_section(run: Run, models: Sequence[Model]) -> list[str]:
         "## Cost",
         *text,
         *_learning_section(rows),
+        *measured_section(named, figures),
         *_speed_section(models),
         *_memory_section(rows),
         *_operations_section(run.cells),
@@ -92,6 +101,8 @@ Costs = Sequence[tuple[str, Row, Sequence[Record]]]
 def _times(rows: Costs) -> str:
     taken = {stage for _, _, costs in rows for cost in costs for stage in cost.get("seconds", {})}
     stages = [stage for stage in STAGES if stage in ALWAYS | taken]
+    learned = any(learned_tokens(cell) for _, row, _ in rows for cell in row.cells)
+    metered = any(cost.get("joules") is not None for _, _, costs in rows for cost in costs)
     lines = []
     for name, row, costs in rows:
         line = [name, row.bits, row.label]
@@ -99,9 +110,43 @@ def _times(rows: Costs) -> str:
             seconds = [cost["seconds"][stage] for cost in costs if stage in cost.get("seconds", {})]
             line.append(f"{sum(seconds) / len(seconds):.1f}" if seconds else "–")
         memory = [cost["peak_memory_bytes"] for cost in costs if cost.get("peak_memory_bytes")]
-        lines.append([*line, f"{max(memory) / 2**30:.2f}" if memory else "–"])
+        line.append(f"{max(memory) / 2**30:.2f}" if memory else "–")
+        line += [
+            _tokens_text(row, calibration_tokens),
+            *([_tokens_text(row, learned_tokens)] if learned else []),
+        ]
+        joules = [number(cost["joules"]) for cost in costs if cost.get("joules") is not None]
+        energy = f"{sum(joules) / len(joules):,.0f}" if joules else "–"
+        lines.append([*line, *([energy] if metered else [])])
     head = ["model", "bits", "method", *(f"{stage} (s)" for stage in stages), "peak memory (GiB)"]
+    head += [
+        "calibration (tokens)",
+        *(["learning (tokens)"] if learned else []),
+        *(["energy (J)"] if metered else []),
+    ]
     return table(head, lines)
+
+
+def _tokens_text(row: Row, of_cell: Callable[[Cell], int]) -> str:
+    most = max(map(of_cell, row.cells), default=0)
+    return f"{most:,}" if most else "–"
+
+
+def calibration_tokens(cell: Cell) -> int:
+    """Tokens of the calibration text of a cell, which rounding and transforms read; 0 where none is on
+    record."""
+    about = cell.record.get("calibration") or {}
+    return 0 if cell.is_float else int(about.get("samples") or 0) * int(about.get("length") or 0)
+
+
+def learned_tokens(cell: Cell) -> int:
+    """Tokens that learners and tuning were shown in all, the same one counted as often as it was; 0
+    without."""
+    seen = 0
+    for facts in ((cell.record.get("diagnostics") or {}).get("learned") or {}).values():
+        for about in (facts.get("tokens") or {}, (facts.get("tuning") or {}).get("tokens") or {}):
+            seen += int(about.get("seen") or about.get("passed") or 0)
+    return seen
 
 
 def _speed_section(models: Sequence[Model]) -> list[str]:

@@ -26,6 +26,7 @@ _PRESENTATION = {
     f"harness/{name}.py"
     for name in (
         *("report", "records", "tables", "figures", "ablation", "gains", "learning", "plots"),
+        *("comparison_plots", "inputs", "page", "reproduce", "tradeoffs"),
         *("compare", "costs"),
         *("stats", "inference", "evidence", "fidelity"),
         *("gate", "baseline", "movement", "judgement", "recording", "trial"),

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from harness import plots
-from harness.records import Cell, Model, Record, mean_accuracy, number, overall
-from harness.stats import Estimate
-from harness.tables import perplexity_of
+from harness import comparison_plots, inference, plots
+from harness.evidence import Differences, over
+from harness.records import Cell, Column, Model, Record, Row, mean_accuracy, number, overall
+from harness.stats import Estimate, Paired
+from harness.tables import mark, perplexity_of
 
 SITES = ("attention", "mlp")
+LEAST_LOG, LEAST_ACCURACY = 0.02, 0.05
+"""Differences below which the heat map stays pale even where none is larger."""
+HEAT = """\
+*What each row gains and loses against float on each task, from the paired differences of the tables: \
+log-perplexity, and accuracy in points. Vermillion is worse than float, blue better, pale alike; the \
+colour of perplexity grows with the logarithm of the difference. `*` and `**` as in the tables. A column \
+that is vermillion throughout is a task that every method hurts, a row that is pale throughout a method \
+that keeps the model; coloured cells without a mark may be chance.*"""
+ERRORS = """\
+*Relative error ‖Ŵ - W‖ / ‖W‖ (Frobenius norm) that rounding left in each layer, mean over its linears: of \
+the weights as the transform made them, so that a lower line means that the transform made them easier to \
+round. A peak names a layer that bit-widths of its own could help. It does not say how much the outputs \
+suffer: GPTQ trades larger weight errors for smaller output errors.*"""
 
 
 def bits_section(model: Model, figures: Path, stem: str) -> list[str]:
@@ -93,3 +107,72 @@ def kurtosis_section(model: Model, figures: Path, stem: str) -> list[str]:
         "means a few outlier channels that a 4-bit grid must stretch to. A transform that works pulls its "
         f"line from the grey one down to the Gaussian's 3 or below, towards the uniform's 1.8.{same}*",
     ]
+
+
+def heat_section(model: Model, to_float: Differences, figures: Path, stem: str) -> list[str]:
+    """Method x task, coloured by the difference to float: writes the figure, returns its text; empty without
+    a difference."""
+    rows = [row for row, pairs in to_float.items() if any(pairs)]
+    groups = [("Δ log-perplexity", model.perplexities), ("Δ accuracy (points)", model.accuracies)]
+    blocks = [_heat_block(title, columns, rows, to_float) for title, columns in groups if columns]
+    if not rows or not blocks:
+        return []
+    names = [f"{row.label}  {row.bits}" for row in rows]
+    comparison_plots.heat_figure(figures / f"{stem}-tasks.svg", names, blocks)
+    return [f"![Difference to float of each row on each task](figures/{stem}-tasks.svg)", HEAT]
+
+
+def _heat_block(
+    title: str, columns: Sequence[Column], rows: Sequence[Row], to_float: Differences
+) -> comparison_plots.HeatBlock:
+    found = [[_joined(to_float[row], column) for column in columns] for row in rows]
+    sizes = [abs(e.value) for line in found for e in line if e is not None and math.isfinite(e.value)]
+    most = max(sizes, default=0.0)
+
+    def cell(estimate: Estimate | None, column: Column) -> tuple[str, float] | None:
+        if estimate is None:
+            return None
+        if not math.isfinite(estimate.value):
+            return "not finite", math.inf
+        stars = mark(estimate.p_value()).strip()
+        if column.kind == "accuracy":
+            strength = -estimate.value / max(most, LEAST_ACCURACY)
+            return f"{100 * estimate.value:+.1f}{stars}", strength
+        strength = math.log1p(abs(estimate.value) / LEAST_LOG) / math.log1p(max(most, LEAST_LOG) / LEAST_LOG)
+        return f"{estimate.value:+.2f}{stars}", math.copysign(strength, estimate.value)
+
+    cells = [[cell(e, column) for e, column in zip(line, columns, strict=True)] for line in found]
+    names = [column.title.removeprefix("perplexity ").removesuffix("_local") for column in columns]
+    return comparison_plots.HeatBlock(title, names, cells)
+
+
+def _joined(pairs: Sequence[Mapping[str, Paired]], column: Column) -> Estimate | None:
+    found = over(pairs, [column])
+    return inference.over_seeds(found) if found else None
+
+
+def errors_section(model: Model, figures: Path, stem: str) -> list[str]:
+    """What rounding did to the weights of each layer: writes the figure, returns its text; empty where it is
+    not on record."""
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in model.rows:
+        errors = next(filter(None, (_weight_errors(cell) for cell in row.cells)), None)
+        if errors:
+            panels.setdefault(row.bits, {})[row.label] = errors
+    if not panels:
+        return []
+    drawn = [comparison_plots.ErrorPanel(bits, series) for bits, series in panels.items()]
+    comparison_plots.errors_figure(figures / f"{stem}-errors.svg", drawn, model.labels)
+    return [
+        "### Rounding error by layer",
+        f"![Relative rounding error of the weights of each layer](figures/{stem}-errors.svg)",
+        ERRORS,
+    ]
+
+
+def _weight_errors(cell: Cell) -> list[tuple[int, float]]:
+    """(layer, mean relative error of its linears)."""
+    layers: dict[int, list[float]] = {}
+    for entry in (cell.record.get("diagnostics") or {}).get("weight_error") or ():
+        layers.setdefault(int(str(entry["linear"]).split(".")[1]), []).append(number(entry["relative_error"]))
+    return [(layer, sum(found) / len(found)) for layer, found in sorted(layers.items())]

@@ -53,6 +53,11 @@ def change_text(log: Estimate) -> str:
     return _percent(log.value) + between
 
 
+def change(log: Estimate) -> str:
+    """A difference of log-perplexities as percent of perplexity."""
+    return _percent(log.value) if math.isfinite(log.value) else "not finite"
+
+
 def _percent(log: float) -> str:
     return f"{100 * math.expm1(log):+.1f}" if log < 100 else "+inf"
 

@@ -134,7 +134,11 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     )
     print(report.headline(records))
     tasks = list(dict.fromkeys(name for record in records for name in record["tasks"]))
-    manifest = {"cells": [record["id"] for record in records], "tasks": tasks}
+    manifest = {
+        "cells": [record["id"] for record in records],
+        "tasks": tasks,
+        "grid": grid.model_dump(mode="json"),
+    }
     print(f"report: {report.write_report(out, manifest=manifest)}")
     failed = sum(Cell(record).state not in ("done", "n/a") for record in records)
     if failed:

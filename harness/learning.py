@@ -1,5 +1,5 @@
-"""The report's section on what methods learned: their cost in tokens, convergence, the inputs of blocks under
-their rotations, and what more calibration text would have brought. Drawn from the records of the cells."""
+"""The report's section on what methods learned: their cost in tokens, convergence, and what more
+calibration text would have brought. Drawn from the records of the cells."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from harness import inference, plots
+from harness.inputs import diagnostic, diagnostics, one_width
 from harness.markdown import table
-from harness.records import Cell, Column, Model, Record, Row, number
+from harness.records import Column, Model, Record, Row, number
 from harness.tables import perplexity_of
 
 TOKENS = """\
@@ -24,22 +24,11 @@ long it took."""
 CONVERGENCE = """\
 *The loss that each learner descends on, against its steps (first seed): a noisy line, because every step \
 sees other tokens. Where it has not flattened, more steps or more text may still help.*"""
-INPUTS = """\
-Inputs of blocks on tuning text, which no method learned from, mean over sites of the first seed: kurtosis \
-per token, the largest value over the root mean square, and signal to noise in decibels under the default \
-4-bit quantiser of activations."""
 TUNED = """\
 Of the rounded and quantised network: weights kept in full precision and scales that were tuned, tokens that \
 were shown (in brackets how many of them are different), and its cross-entropy in nats before and after, on \
 so many windows each of what it was tuned on and of calibration text that it was not. Unlike what is learned \
 before rounding, this belongs to one bit-width. The section on costs says how long it took."""
-LAYERS = """\
-*The same by layer: above, the largest value of a token over its root mean square; below, signal to noise \
-under the 4-bit quantiser. Kurtosis by layer stands under the outliers.*"""
-HISTOGRAMS = """\
-*How often values of block inputs occur, in units of their token's root mean square, all layers together \
-(log scale; the outermost bins hold all that lies beyond). Outlier channels make the long tails of the grey \
-line; the narrower a line, the finer its 4-bit grid.*"""
 SIZES = """\
 *Perplexity, and kurtosis on tuning text, against the number of sequences that were learned from, over the \
 seeds that all points share; rounding reads the same calibration text throughout. Where the lines are flat, \
@@ -48,7 +37,7 @@ more text does not help.*"""
 
 def learning_section(model: Model, figures: Path, stem: str) -> list[str]:
     """Writes the figures, returns their text; empty where no cell has learned anything."""
-    learned = {row: facts for row in _one_width(model) if (facts := _facts(row))}
+    learned = {row: facts for row in one_width(model) if (facts := _facts(row))}
     text = []
     if learned:
         text += [
@@ -57,28 +46,12 @@ def learning_section(model: Model, figures: Path, stem: str) -> list[str]:
             TOKENS,
             *_convergence(learned, model, figures, stem),
         ]
-    text += _tuning(model)
-    text += _histograms(model, figures, stem) if learned else []
-    return text + _sizes(model, figures, stem)
-
-
-def _one_width(model: Model) -> list[Row]:
-    """Each label's row of fewest bits: what is learned is the same at every bit-width."""
-    return list({row.label: row for row in model.rows if not row.first.is_float}.values())
-
-
-def _found(row: Row, what: str) -> Any:
-    """A diagnostic of the first cell of a row that has it: the first seed's, unless that failed."""
-    return next((found for cell in row.cells if (found := _diagnostics(cell).get(what))), None)
-
-
-def _diagnostics(cell: Cell) -> Record:
-    return cell.record.get("diagnostics") or {}
+    return [*text, *_tuning(model), *_sizes(model, figures, stem)]
 
 
 def _facts(row: Row) -> dict[str, Record]:
     """What the methods of a row learned, by method: those that keep a log of at least one step."""
-    learned = _found(row, "learned") or {}
+    learned = diagnostic(row, "learned") or {}
     logged = {name: list((facts.get("log") or {}).values()) for name, facts in learned.items()}
     return {name: learned[name] for name, logs in logged.items() if logs and all(log["loss"] for log in logs)}
 
@@ -137,65 +110,6 @@ def _tuning(model: Model) -> list[str]:
     return ["### What was tuned", table([*head, "windows"], lines), TUNED]
 
 
-def _histograms(model: Model, figures: Path, stem: str) -> list[str]:
-    lines: list[list[str]] = []
-    measured: dict[str, list[Record]] = {}
-    panels: dict[str, plots.HistogramPanel] = {}
-    for row in _one_width(model):
-        points = [point for point in _found(row, "kurtosis") or () if "snr_after" in point]
-        if points and not lines:
-            lines.append(["(before)", *_means(points, "before")])
-        if points:
-            lines.append([row.label, *_means(points, "after")])
-            measured[row.label] = points
-        for entry in _found(row, "histograms") or ():
-            panel = panels.setdefault(
-                entry["site"],
-                plots.HistogramPanel(f"{entry['site']} inputs", entry["reach"], entry["before"]),
-            )
-            if entry["after"] != entry["before"]:
-                panel.after[row.label] = entry["after"]
-    if not lines:
-        return []
-    text = [INPUTS, table(["method", "kurtosis", "largest / rms", "signal to noise (dB)"], lines)]
-    plots.layers_figure(figures / f"{stem}-layers.svg", _layers(measured), model.labels)
-    text += [
-        f"![Largest value and signal to noise of block inputs by layer](figures/{stem}-layers.svg)",
-        LAYERS,
-    ]
-    if not panels:
-        return text
-    plots.histogram_figure(figures / f"{stem}-inputs.svg", list(panels.values()), model.labels)
-    alt = "Histograms of block inputs before and after each transform"
-    return [*text, f"![{alt}](figures/{stem}-inputs.svg)", HISTOGRAMS]
-
-
-def _layers(measured: Mapping[str, Sequence[Record]]) -> list[plots.LayersPanel]:
-    """A panel for each quantity and site; methods without a transform stay on the line of before."""
-    sites = dict.fromkeys(point["site"] for points in measured.values() for point in points)
-    panels = []
-    for key, title in (("peak", "largest / rms"), ("snr", "signal to noise (dB)")):
-        for site in sites:
-            before: list[tuple[int, float]] = []
-            after: dict[str, list[tuple[int, float]]] = {}
-            for label, points in measured.items():
-                here = [point for point in points if point["site"] == site]
-                first, then = (
-                    [(int(point["layer"]), number(point[f"{key}_{when}"])) for point in here]
-                    for when in ("before", "after")
-                )
-                before = before or first
-                if any(abs(b - a) > 1e-3 * abs(a) for (_, a), (_, b) in zip(first, then, strict=True)):
-                    after[label] = then
-            panels.append(plots.LayersPanel(f"{title}, {site} inputs", before, after))
-    return panels
-
-
-def _means(points: Sequence[Record], when: str) -> list[str]:
-    keys = ((when, 2), (f"peak_{when}", 2), (f"snr_{when}", 1))
-    return [f"{sum(number(p[key]) for p in points) / len(points):.{digits}f}" for key, digits in keys]
-
-
 def _sizes(model: Model, figures: Path, stem: str) -> list[str]:
     """The curve over the number of calibration sequences, for methods with rows that differ in it alone."""
     column = next(iter(model.perplexities), None)
@@ -237,5 +151,5 @@ def _at_size(row: Row, column: Column, seeds: Collection[int]) -> tuple[float, f
     """Perplexity with its standard error, and mean kurtosis over sites, over these seeds."""
     cells = [cell for cell in row.cells if cell.seed in seeds]
     value, stderr = perplexity_of(inference.over_seeds([e for cell in cells if (e := column.estimate(cell))]))
-    found = [number(point["after"]) for cell in cells for point in _diagnostics(cell).get("kurtosis") or ()]
+    found = [number(point["after"]) for cell in cells for point in diagnostics(cell).get("kurtosis") or ()]
     return value, stderr, sum(found) / len(found) if found else math.nan

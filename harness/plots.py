@@ -125,7 +125,7 @@ def bits_figure(path: Path, bits: Sequence[str], panels: Sequence[Panel], order:
                 [value for _, value, _ in points],
                 yerr=errors,
                 capsize=2,
-                **_style(number),
+                **line_style(number),
                 label=label,
             )
             for (_, value, _), error in zip(points, errors, strict=True):
@@ -133,11 +133,11 @@ def bits_figure(path: Path, bits: Sequence[str], panels: Sequence[Panel], order:
         axes.set_xticks(range(len(bits)), bits)
         axes.set_xlim(-0.5, len(bits) - 0.5)
         axes.set_xlabel("fewer bits →")
-        _dress(axes, panel.title)
+        dress(axes, panel.title)
         if panel.log:
-            _log_axis(axes, shown)
-    _legend(figure)
-    _save(figure, path)
+            log_axis(axes, shown)
+    legend(figure)
+    save(figure, path)
 
 
 def kurtosis_figure(path: Path, panels: Sequence[KurtosisPanel], order: Sequence[str]) -> None:
@@ -154,7 +154,7 @@ def kurtosis_figure(path: Path, panels: Sequence[KurtosisPanel], order: Sequence
         axes = figure.add_subplot(1, len(panels), index + 1)
         lines = [("before (float model)", grey, panel.before)]
         for labels, series in panel.after.items():
-            lines.append((f"after {', '.join(labels)}", _style(order.index(labels[0])), series))
+            lines.append((f"after {', '.join(labels)}", line_style(order.index(labels[0])), series))
         for label, style, series in lines:
             points = [(layer, value) for layer, value in series if value > 0 and math.isfinite(value)]
             axes.plot([layer for layer, _ in points], [value for _, value in points], **style, label=label)
@@ -162,26 +162,26 @@ def kurtosis_figure(path: Path, panels: Sequence[KurtosisPanel], order: Sequence
         axes.axhline(UNIFORM, color="black", linestyle=":", linewidth=1, label="uniform (1.8)")
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _dress(axes, panel.title)
-        _log_axis(axes, [UNIFORM, GAUSSIAN, *everything])
-    _legend(figure)
-    _save(figure, path)
+        dress(axes, panel.title)
+        log_axis(axes, [UNIFORM, GAUSSIAN, *everything])
+    legend(figure)
+    save(figure, path)
 
 
 def layers_figure(path: Path, panels: Sequence[LayersPanel], order: Sequence[str]) -> None:
     """A value against the layer, before (grey) and after each transform, two panels a line; `order` as in
     `bits_figure`."""
-    figure, axes_of = _panels(len(panels), columns=2)
+    figure, axes_of = axes_grid(len(panels), columns=2)
     for axes, panel in zip(axes_of, panels, strict=True):
         grey: dict[str, Any] = {"color": _GREY, "marker": ".", "linewidth": 1.6}
         axes.plot(*zip(*panel.before, strict=True), **grey, label="before (float model)")
         for label, series in panel.after.items():
-            axes.plot(*zip(*series, strict=True), **_style(order.index(label)), label=f"after {label}")
+            axes.plot(*zip(*series, strict=True), **line_style(order.index(label)), label=f"after {label}")
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _dress(axes, panel.title)
-    _legend(figure)
-    _save(figure, path)
+        dress(axes, panel.title)
+    legend(figure)
+    save(figure, path)
 
 
 def depth_figure(path: Path, panels: Sequence[DepthPanel]) -> None:
@@ -193,7 +193,7 @@ def depth_figure(path: Path, panels: Sequence[DepthPanel]) -> None:
         for label, values in panel.series.items():
             points = [(at, value) for at, value in enumerate(values) if value > 0 and math.isfinite(value)]
             places, heights = [at for at, _ in points], [value for _, value in points]
-            axes.plot(places, heights, **_style(order.index(label)), label=label)
+            axes.plot(places, heights, **line_style(order.index(label)), label=label)
             ringed = [point for point in points if point[0] in panel.marked.get(label, ())]
             if ringed:
                 axes.scatter(
@@ -206,34 +206,34 @@ def depth_figure(path: Path, panels: Sequence[DepthPanel]) -> None:
                 )
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _dress(axes, panel.title)
-        _log_axis(axes, [value for values in panel.series.values() for value in values])
-    _legend(figure)
-    _save(figure, path)
+        dress(axes, panel.title)
+        log_axis(axes, [value for values in panel.series.values() for value in values])
+    legend(figure)
+    save(figure, path)
 
 
 def learning_figure(path: Path, panels: Sequence[LearningPanel], order: Sequence[str]) -> None:
     """Loss against step, one line a method; `order` as in `bits_figure`."""
-    figure, axes_of = _panels(len(panels))
+    figure, axes_of = axes_grid(len(panels))
     for axes, panel in zip(axes_of, panels, strict=True):
         for label, losses in panel.series.items():
-            style = _style(order.index(label)) | {"marker": "", "linewidth": 1.0}
+            style = line_style(order.index(label)) | {"marker": "", "linewidth": 1.0}
             axes.plot(range(1, len(losses) + 1), losses, **style, label=label)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _dress(axes, panel.title)
-    _legend(figure)
-    _save(figure, path)
+        dress(axes, panel.title)
+    legend(figure)
+    save(figure, path)
 
 
 def curve_figure(path: Path, panels: Sequence[CurvePanel], order: Sequence[str]) -> None:
     """y against x, one line a label; `order` as in `bits_figure`. A label "name, repetition" takes the colour
     of its name and is dashed."""
-    figure, axes_of = _panels(len(panels))
+    figure, axes_of = axes_grid(len(panels))
     for axes, panel in zip(axes_of, panels, strict=True):
         for label, points in panel.series.items():
             name, _, repetition = label.partition(", ")
-            style = _style(order.index(name)) | {"markersize": 3.0}
+            style = line_style(order.index(name)) | {"markersize": 3.0}
             style |= {"linestyle": "--"} if repetition else {}
             style |= {"marker": ""} if repetition or len(points) > 50 else {}
             axes.plot([x for x, _ in points], [y for _, y in points], **style, label=label)
@@ -241,22 +241,22 @@ def curve_figure(path: Path, panels: Sequence[CurvePanel], order: Sequence[str])
             name, place = panel.reference
             axes.axhline(place, color="black", linestyle=":", linewidth=1, label=name)
         axes.set_xlabel(panel.across)
-        _dress(axes, panel.title)
+        dress(axes, panel.title)
         if panel.log:
-            _log_axis(axes, [y for points in panel.series.values() for _, y in points])
-    _legend(figure)
-    _save(figure, path)
+            log_axis(axes, [y for points in panel.series.values() for _, y in points])
+    legend(figure)
+    save(figure, path)
 
 
 def histogram_figure(path: Path, panels: Sequence[HistogramPanel], order: Sequence[str]) -> None:
     """Share of values against their size in units of the root mean square, before (grey) and after each
     transform, on a log axis; `order` as in `bits_figure`."""
-    figure, axes_of = _panels(len(panels))
+    figure, axes_of = axes_grid(len(panels))
     for axes, panel in zip(axes_of, panels, strict=True):
         grey: dict[str, Any] = {"color": _GREY, "linewidth": 1.6}
         lines = [("before (float model)", grey, panel.before)]
         for label, counts in panel.after.items():
-            lines.append((f"after {label}", _style(order.index(label)) | {"marker": ""}, counts))
+            lines.append((f"after {label}", line_style(order.index(label)) | {"marker": ""}, counts))
         shares: list[float] = []
         for label, style, counts in lines:
             total, width = sum(counts) or 1, 2 * panel.reach / len(counts)
@@ -264,10 +264,10 @@ def histogram_figure(path: Path, panels: Sequence[HistogramPanel], order: Sequen
             axes.plot([x for x, _ in points], [y for _, y in points], **style, label=label)
             shares += [y for _, y in points]
         axes.set_xlabel("value / root mean square")
-        _dress(axes, panel.title)
-        _log_axis(axes, shares)
-    _legend(figure)
-    _save(figure, path)
+        dress(axes, panel.title)
+        log_axis(axes, shares)
+    legend(figure)
+    save(figure, path)
 
 
 def sizes_figure(
@@ -275,9 +275,9 @@ def sizes_figure(
 ) -> None:
     """Two panels against the number of sequences (log axis): `measure` with its standard error, and kurtosis.
     curves: label -> points (sequences, value, standard error, kurtosis)."""
-    figure, (left, right) = _panels(2)
+    figure, (left, right) = axes_grid(2)
     for number, (label, points) in enumerate(curves.items()):
-        sizes, style = [size for size, *_ in points], _style(number)
+        sizes, style = [size for size, *_ in points], line_style(number)
         errors = [error if math.isfinite(error) else 0.0 for _, _, error, _ in points]
         left.errorbar(sizes, [v for _, v, *_ in points], yerr=errors, capsize=2, **style, label=label)
         right.plot(sizes, [kurtosis for *_, kurtosis in points], **style, label=label)
@@ -288,12 +288,12 @@ def sizes_figure(
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("calibration sequences")
-        _dress(axes, title)
-    _legend(figure)
-    _save(figure, path)
+        dress(axes, title)
+    legend(figure)
+    save(figure, path)
 
 
-def _panels(count: int, columns: int | None = None) -> tuple[Figure, list[Axes]]:
+def axes_grid(count: int, columns: int | None = None) -> tuple[Figure, list[Axes]]:
     """A figure with so many pairs of axes, `columns` (None: all) side by side, and room for its legend."""
     across = columns or count
     down = -(-count // across)
@@ -315,7 +315,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [float(tick) for tick in MaxNLocator(nbins=5).tick_values(low, high) if low <= tick <= high]
 
 
-def _log_axis(axes: Axes, values: Sequence[float]) -> None:
+def log_axis(axes: Axes, values: Sequence[float]) -> None:
     values = [value for value in values if value > 0 and math.isfinite(value)]
     if not values:
         return
@@ -325,14 +325,14 @@ def _log_axis(axes: Axes, values: Sequence[float]) -> None:
     axes.set_ylim(low, high)
     axes.yaxis.set_major_locator(FixedLocator(log_ticks(low, high)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick_label(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick_label(value)))
 
 
-def _tick_label(value: float) -> str:
+def tick_label(value: float) -> str:
     return f"{value:g}" if value < 1e4 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
-def _style(number: int) -> dict[str, Any]:
+def line_style(number: int) -> dict[str, Any]:
     return {
         "color": _COLOURS[number % len(_COLOURS)],
         "marker": _MARKERS[number % len(_MARKERS)],
@@ -341,14 +341,14 @@ def _style(number: int) -> dict[str, Any]:
     }
 
 
-def _dress(axes: Axes, title: str) -> None:
+def dress(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=11, loc="left")
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(figure: Figure) -> None:
+def legend(figure: Figure) -> None:
     entries = {
         label: handle
         for axes in figure.axes
@@ -357,7 +357,7 @@ def _legend(figure: Figure) -> None:
     figure.legend(entries.values(), entries.keys(), loc="outside right upper", frameon=False, fontsize=9)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Text becomes outlines, so that a file looks the same whatever fonts its reader has."""
     drawn = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "quantgrid", "svg.fonttype": "path"}):

@@ -11,8 +11,8 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,21 @@ def meter(device: torch.device) -> Meter | None:
     if device.type != "cuda":
         return None
     return _counter(device) or _sampler(_watch(device))
+
+
+@contextmanager
+def used(device: torch.device) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Gives a function that says what the whole GPU has used since: {"joules", "energy_source"}; {} of a CPU
+    and where the driver reports neither energy nor power."""
+    found = meter(device)
+    if found is None:
+        yield dict
+        return
+    begin = found.read()
+    try:
+        yield lambda: {"joules": found.read() - begin, "energy_source": found.source}
+    finally:
+        found.close()
 
 
 def driver(device: torch.device) -> tuple[Any, Any] | None:

@@ -101,11 +101,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """The usable cells of a run; (cell id, reason) of those that are not; how many other cells are there."""
+    """The usable cells of a run; (cell id, reason) of those that are not; how many other cells are there; the
+    grid as the run's manifest has it, None where it does not say."""
 
     cells: list[Cell]
     missing: list[tuple[str, str]]
     others: int
+    grid: Record | None = None
 
 
 @dataclass(frozen=True)
@@ -193,11 +195,12 @@ def read_run(run: Path, manifest: Mapping[str, Any] | None = None) -> Run:
     present = sorted(path.parent.name for path in run.glob(f"*/{store.RECORD}"))
     named, path = present, run / store.MANIFEST
     tasks: list[str] | None = None
+    grid: Record | None = None
     if manifest is not None or path.is_file():
         try:
             content = json.loads(path.read_text(encoding="utf-8")) if manifest is None else manifest
             named = [str(cell) for cell in content["cells"]]
-            tasks = content.get("tasks")
+            tasks, grid = content.get("tasks"), content.get("grid")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged: run the grid again to re-make it") from error
     if not named:
@@ -218,7 +221,7 @@ def read_run(run: Path, manifest: Mapping[str, Any] | None = None) -> Run:
             kept = {task: entry for task, entry in cell.record["tasks"].items() if task in tasks}
             cell = Cell({**cell.record, "tasks": kept}, cell.folder)
         cells.append(cell)
-    return Run(cells, missing, len(set(present) - set(named)))
+    return Run(cells, missing, len(set(present) - set(named)), grid)
 
 
 def read_cell(folder: Path) -> Cell:

@@ -2,9 +2,10 @@
 
     python -m harness.report RUN_FOLDER
 
-It reads <run>/<cell id>/cell.json with the samples beside it and writes <run>/report.md and
-<run>/figures/*.svg. Equal records give equal bytes. Costs are measured and vary, so they stand in a
-section of their own, with the command and commit, after everything that a second run reproduces.
+It reads <run>/<cell id>/cell.json with the samples beside it and writes <run>/report.md, <run>/figures/*.svg
+and <run>/report.html, one file that holds all of it (page.py). Equal records give equal bytes. Costs are
+measured and vary, so they stand in a section of their own, with the command and commit, after everything that
+a second run reproduces.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from harness.boosting import boosting_section
 from harness.costs import cost_section
 from harness.equal_bits import equal_bits_section
 from harness.evidence import (
+    Comparison,
     Differences,
     paired_rows,
     power_section,
@@ -31,10 +33,12 @@ from harness.evidence import (
     seeds_section,
 )
 from harness.fidelity import difference_section, fidelity_section, recovery_section
-from harness.figures import bits_section, kurtosis_section
-from harness.gains import gains_section
+from harness.figures import bits_section, errors_section, heat_section, kurtosis_section
+from harness.gains import change, gains_section
+from harness.inputs import inputs_section
 from harness.learning import learning_section
 from harness.markdown import plain, table
+from harness.page import page
 from harness.records import (
     Cell,
     Model,
@@ -46,6 +50,7 @@ from harness.records import (
     unranked,
     weights_only,
 )
+from harness.reproduce import again_section, grid_section
 from harness.store import os_reason
 from harness.tables import (
     calibration_text,
@@ -53,17 +58,21 @@ from harness.tables import (
     distinct,
     effective_bits,
     flag_note,
+    mark,
     mean_accuracy_text,
+    options_text,
     output_text,
     quantisers_text,
     reason_text,
     upstream_text,
     value_text,
 )
+from harness.tradeoffs import pareto_section
 from kernels.command import run_command
 from methods.distribution import refuse_foreign_kernels
 from methods.errors import UserError
 
+FIGURES = "figures"
 EFFECTIVE = "effective bits w / a / kv / model"
 GUIDE = """\
 Each row is one method at one bit-width: `w4a4kv4` means 4 bits for weights, activations (the inputs of \
@@ -73,6 +82,11 @@ whose embedding and lm_head stay at 16 bits. Perplexity is better when lower, ac
 Brackets hold 95 % intervals, `±` is one standard error: how far the number would move with other \
 documents. All rows answer the same documents, so compare methods by their paired *differences*, and not \
 by whether two intervals overlap."""
+AGAINST = "against QuaRot (%)"
+MARKS = """\
+Against QuaRot: change of {} in percent, below zero the method is better; `*` marks p below 5 %, `**` \
+below 1 %, corrected for the number of methods at that bit-width (the primary comparison below). What has \
+no mark may be chance."""
 SEEDS = """\
 Several seeds: the mean over seeds (of perplexity the geometric mean); interval and `±` join the sampling \
 error, which does not shrink with seeds because they share their documents, and the error of the mean over \
@@ -82,11 +96,11 @@ seeds."""
 def write_report(
     run_folder: Path, out: Path | None = None, *, manifest: dict[str, Any] | None = None
 ) -> Path:
-    """Write report.md and its figures from the records of a run into `out` (None: the run's own folder);
-    returns the report's path. Each file is replaced whole or not at all.
+    """Write report.md, its figures and report.html from the records of a run into `out` (None: the run's own
+    folder); returns the path of report.md. Each file is replaced whole or not at all.
 
-    `manifest` is what run.json holds ("cells" and "tasks" of the run), for a caller whose run.json another
-    command may have replaced; None reads the file.
+    `manifest` is what run.json holds ("cells", "tasks" and "grid" of the run), for a caller whose run.json
+    another command may have replaced; None reads the file.
 
     Raises UserError when there is nothing to report, or a file cannot be read or written.
     """
@@ -102,16 +116,19 @@ def _write(folder: Path, out: Path, manifest: dict[str, Any] | None) -> Path:
     run = read_run(folder, manifest)
     models = models_of(run.cells)
     out.mkdir(parents=True, exist_ok=True)
-    text = [f"# quantgrid: {folder.resolve().name}", GUIDE]
+    name, figures = folder.resolve().name, out / FIGURES
+    text, named = [f"# quantgrid: {name}", GUIDE], []
     for place, model in enumerate(models):
         twin = any(other.slug == model.slug for other in models[:place])
-        stem = f"{model.slug}-{place + 1}" if twin else model.slug
-        text += _model_section(model, out / "figures", stem)
+        named.append((model, f"{model.slug}-{place + 1}" if twin else model.slug))
+        text += _model_section(model, figures, named[-1][1])
     text += _tasks_section(run.cells, models)
-    text += _settings_section(run)
+    text += [*_settings_section(run), *grid_section(run)]
     text += _notes_section(models)
     text += _failures_section(run)
-    text += cost_section(run, models)
+    text += cost_section(run, named, figures)
+    text += again_section(run, name)
+    store.write_text(out / "report.html", page(f"quantgrid: {name}", text, out))
     path = out / "report.md"
     store.write_text(path, "\n\n".join(text) + "\n")
     return path
@@ -142,9 +159,9 @@ def _model_section(model: Model, figures: Path, stem: str) -> list[str]:
     record = model.record
     facts = [str(record.get("label") or ""), f"{record['family']} family" if record.get("family") else ""]
     facts += [f"{record['parameters'] / 1e6:,.1f} M parameters"] if record.get("parameters") else []
-    text = [f"## {record['name']}", ", ".join(filter(None, facts)), *_main_table(model)]
     unequal: dict[str, None] = {}
     comparisons = primary(model, unequal)
+    text = [f"## {record['name']}", ", ".join(filter(None, facts)), *_main_table(model, comparisons)]
     if any(not row.first.is_float for row in model.rows):
         text += primary_section(model, comparisons, list(unequal))
     text += _tasks_table(model)
@@ -157,21 +174,29 @@ def _model_section(model: Model, figures: Path, stem: str) -> list[str]:
             if not row.first.is_float
         }
     further = [*fidelity_section(model, to_float, problems), *recovery_section(model, problems)]
-    text += [*difference_section(model, to_float, list(problems)), *further]
+    text += [
+        *difference_section(model, to_float, list(problems)),
+        *heat_section(model, to_float, figures, stem),
+    ]
+    text += further
     text += [*ablation_section(model), *online_section(model)]
     text += [*seeds_section(model, comparisons, to_float), *power_section(model, comparisons, to_float)]
     text += boosting_section(model, figures, stem)
-    text += [*bits_section(model, figures, stem), *kurtosis_section(model, figures, stem)]
+    text += [*bits_section(model, figures, stem), *pareto_section(model, figures, stem)]
+    text += [*kurtosis_section(model, figures, stem), *inputs_section(model, figures, stem)]
+    text += errors_section(model, figures, stem)
     text += [*equal_bits_section(model), *gains_section(model), *learning_section(model, figures, stem)]
     return list(filter(None, text))
 
 
-def _main_table(model: Model) -> list[str]:
-    """The headline numbers with their intervals."""
-    record = model.record
+def _main_table(model: Model, comparisons: Sequence[Comparison]) -> list[str]:
+    """The headline numbers with their intervals, and what the primary comparison says of each row."""
+    record, against = model.record, {found.row: found for found in comparisons}
+    references = {found.reference for found in comparisons}
     head = ["bits", "method", *(["seeds"] if model.several_seeds else []), *(["rank"] if model.ranks else [])]
     head += [f"{column.title} [95 %]" for column in model.perplexities]
-    head += [*(["mean accuracy (%) [95 %]"] if model.accuracies else []), EFFECTIVE]
+    head += ["mean accuracy (%) [95 %]"] if model.accuracies else []
+    head += [*([AGAINST] if comparisons else []), EFFECTIVE]
     lines, flags = [], set()
     for row in model.rows:
         out, weights = unranked(record, row), weights_only(record, row)
@@ -184,12 +209,17 @@ def _main_table(model: Model) -> list[str]:
             line.append(f"{model.ranks.get(row, '–')} {out}".strip())
         line += [value_text(row, column, interval=True) for column in model.perplexities]
         line += [mean_accuracy_text(row, model.accuracies, interval=True)] if model.accuracies else []
+        if comparisons:
+            found = against.get(row)
+            shown = change(found.difference) + mark(found.holm) if found else "–"
+            line.append("reference" if row in references else shown)
         lines.append([*line, effective_bits(row.first)])
     notes = (
         [f"Rank: by {model.columns[0].title} within one bit-width; it does not say how sure the order is."]
         if model.ranks
         else []
     )
+    notes += [MARKS.format(model.columns[0].title)] if comparisons else []
     notes += [SEEDS] if model.several_seeds else []
     notes += [flag_note(record, flag) for flag in "†‡§" if flag in flags]
     return [table(head, lines), *notes]
@@ -214,11 +244,12 @@ def _tasks_section(cells: Sequence[Cell], models: Sequence[Model]) -> list[str]:
         counts = distinct(count_text(entry, unit) for entry in entries)
         protocol = distinct(entry.get("protocol") for entry in entries)
         metric = "perplexity" if column.kind == "perplexity" else column.metric or "–"
-        lines.append([name, metric, distinct(chances), counts, protocol])
+        data = distinct(str(entry["data"])[:12] for entry in entries if entry.get("data"))
+        lines.append([name, metric, distinct(chances), counts, protocol, data])
         departs = distinct(upstream_text(entry) for entry in entries)
         differences += [f"- **{name}** {plain(departs)}"] if departs != "–" else []
-    text = ["## Tasks and protocols"]
-    text += [table(["task", "metric", "chance (%)", "scored", "protocol"], lines) if lines else "none"]
+    head = ["task", "metric", "chance (%)", "scored", "protocol", "data, sha256"]
+    text = ["## Tasks and protocols", table(head, lines) if lines else "none"]
     return [
         *text,
         *(
@@ -245,6 +276,7 @@ def _settings_section(run: Run) -> list[str]:
             "seed": cell.seed,
             **environment,
             **_batch_spread(record),
+            f"options of {record['method']['row']}": options_text(record["method"]),
         }
         for key, value in text.items():
             values.setdefault(key, []).append("" if value in (None, {}) else str(value))

@@ -64,6 +64,15 @@ def quantisers_text(record: Record, bits: Bits) -> str:
     return "; ".join(parts)
 
 
+def options_text(method: Record) -> str:
+    """Every option of every part of a method, defaults too."""
+    parts = (method.get("options") or {}).items()
+    said = {
+        part: ", ".join(f"{key}={value}" for key, value in (options or {}).items()) for part, options in parts
+    }
+    return "; ".join(f"{part}: {options}" if len(said) > 1 else options for part, options in said.items())
+
+
 def calibration_text(record: Record) -> str:
     """The text that methods learned from, and whether an evaluation text shares passages with it."""
     if not record:

@@ -153,7 +153,7 @@ def test_a_seed_that_failed_leaves_the_others(run: Path) -> None:
 
 
 def test_inputs_of_blocks_before_and_after(text: str) -> None:
-    lines = table(text, SECTION, 1)
+    lines = table(text, "### Inputs of blocks before and after")
     assert lines[0]["method"] == "(before)"
     assert lines[0]["signal to noise (dB)"] == "8.0"
     assert next(line for line in lines if line["method"] == "kurtail")["signal to noise (dB)"] == "20.2"

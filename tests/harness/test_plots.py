@@ -21,5 +21,5 @@ def test_log_axes_always_have_round_ticks_inside(low: float, span: float) -> Non
 
 def test_many_methods_stay_apart() -> None:
     """Colour and marker together are different for as many rows as a grid can hold."""
-    styles = [tuple(sorted(plots._style(number).items())) for number in range(42)]
+    styles = [tuple(sorted(plots.line_style(number).items())) for number in range(42)]
     assert len(set(styles)) == 42

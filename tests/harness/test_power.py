@@ -22,6 +22,19 @@ def test_a_cpu_has_no_meter() -> None:
     assert power.meter(torch.device("cpu")) is None
 
 
+def test_what_was_used_is_the_difference_and_the_meter_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings, closed = iter((1000.0, 1250.5)), []
+    meter = power.Meter(power.COUNTER, lambda: next(readings), lambda: closed.append(1))
+    monkeypatch.setattr(power, "meter", lambda device: meter)
+    with power.used(torch.device("cuda")) as energy:
+        assert energy() == {"joules": 250.5, "energy_source": power.COUNTER}
+        assert not closed
+    assert closed == [1]
+    monkeypatch.undo()
+    with power.used(torch.device("cpu")) as energy:
+        assert energy() == {}
+
+
 def test_power_is_added_up_over_time() -> None:
     meter = power._sampler(printing("100.0", "200.00 W"))
     assert meter is not None and meter.source == power.SAMPLES

@@ -138,7 +138,8 @@ def test_equal_records_give_equal_bytes(run: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "harness.report", str(again)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(again / "report.md")
-    for name in ("report.md", *(f"figures/{path.name}" for path in (run / "figures").iterdir())):
+    figures = [f"figures/{path.name}" for path in (run / "figures").iterdir()]
+    for name in ("report.md", "report.html", *figures):
         assert (again / name).read_bytes() == (run / name).read_bytes(), name
 
 
@@ -407,13 +408,14 @@ def test_a_report_is_replaced_whole_or_not_at_all(
     run = tmp_path / "run"
     write_cell(run, "float", "w16a16")
     write_cell(run, "rtn", "w4a16")
+    write_cell(run, "quarot", "w4a16")
     report.write_report(run)
-    files = [run / "report.md", *(run / "figures").iterdir()]
-    assert len(files) == 3
+    files = [run / "report.md", run / "report.html", *(run / "figures").iterdir()]
+    assert len(files) > 5
     whole = {path: path.read_bytes() for path in files}
     write_cell(run, "gptq", "w4a16")
     real = os.fsync
-    for writes in range(3):
+    for writes in range(len(files)):
         left = iter(range(writes))
 
         def full(handle: int, left: Iterator[int] = left) -> None:
@@ -427,9 +429,9 @@ def test_a_report_is_replaced_whole_or_not_at_all(
         assert capsys.readouterr().err == f"error: report {run}: No space left on device\n"
         assert sum(path.read_bytes() != whole[path] for path in files) <= writes
         assert (run / "report.md").read_bytes() == whole[run / "report.md"], "it comes last"
-        assert sorted(run.glob("*.*")) == [run / "report.md"], "nothing half-written stays"
-        assert sorted((run / "figures").iterdir()) == sorted(files[1:])
-        for path in files[1:]:
+        assert sorted(run.glob("*.*")) == sorted(files[:2]), "nothing half-written stays"
+        assert sorted((run / "figures").iterdir()) == sorted(files[2:])
+        for path in files[2:]:
             ElementTree.fromstring(path.read_text(encoding="utf-8"))
     assert report.main([str(run)]) == 0
     assert (run / "report.md").read_bytes() != whole[run / "report.md"]

@@ -1,0 +1,104 @@
+"""The report's section on the inputs of blocks: how wide they are spread before and after each transform,
+on text that no method learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import plots
+from harness.markdown import table
+from harness.records import Cell, Model, Record, Row, number
+
+INPUTS = """\
+Inputs of blocks on tuning text, which no method learned from, mean over sites of the first seed: kurtosis \
+per token, the largest value over the root mean square, and signal to noise in decibels under the default \
+4-bit quantiser of activations."""
+LAYERS = """\
+*The same by layer: above, the largest value of a token over its root mean square; below, signal to noise \
+under the 4-bit quantiser (6 dB are one bit). A transform that works pulls the upper lines down and lifts \
+the lower ones in every layer; a layer that stays behind is where the next error comes from. Kurtosis by \
+layer stands under the outliers.*"""
+HISTOGRAMS = """\
+*How often values of block inputs occur, in units of their token's root mean square, all layers together \
+(log scale; the outermost bins hold all that lies beyond). Outlier channels make the long tails of the grey \
+line; the narrower a line, the finer its 4-bit grid.*"""
+
+
+def inputs_section(model: Model, figures: Path, stem: str) -> list[str]:
+    """Writes the figures, returns their text; empty where nothing of it is on record."""
+    lines: list[list[str]] = []
+    measured: dict[str, list[Record]] = {}
+    panels: dict[str, plots.HistogramPanel] = {}
+    for row in one_width(model):
+        points = [point for point in diagnostic(row, "kurtosis") or () if "snr_after" in point]
+        if points and not lines:
+            lines.append(["(before)", *_means(points, "before")])
+        if points:
+            lines.append([row.label, *_means(points, "after")])
+            measured[row.label] = points
+        for entry in diagnostic(row, "histograms") or ():
+            panel = panels.setdefault(
+                entry["site"],
+                plots.HistogramPanel(f"{entry['site']} inputs", entry["reach"], entry["before"]),
+            )
+            if entry["after"] != entry["before"]:
+                panel.after[row.label] = entry["after"]
+    if not lines:
+        return []
+    text = [
+        "### Inputs of blocks before and after",
+        INPUTS,
+        table(["method", "kurtosis", "largest / rms", "signal to noise (dB)"], lines),
+    ]
+    plots.layers_figure(figures / f"{stem}-layers.svg", _layers(measured), model.labels)
+    text += [
+        f"![Largest value and signal to noise of block inputs by layer](figures/{stem}-layers.svg)",
+        LAYERS,
+    ]
+    if not panels:
+        return text
+    plots.histogram_figure(figures / f"{stem}-inputs.svg", list(panels.values()), model.labels)
+    alt = "Histograms of block inputs before and after each transform"
+    return [*text, f"![{alt}](figures/{stem}-inputs.svg)", HISTOGRAMS]
+
+
+def _layers(measured: Mapping[str, Sequence[Record]]) -> list[plots.LayersPanel]:
+    """A panel for each quantity and site; methods without a transform stay on the line of before."""
+    sites = dict.fromkeys(point["site"] for points in measured.values() for point in points)
+    panels = []
+    for key, title in (("peak", "largest / rms"), ("snr", "signal to noise (dB)")):
+        for site in sites:
+            before: list[tuple[int, float]] = []
+            after: dict[str, list[tuple[int, float]]] = {}
+            for label, points in measured.items():
+                here = [point for point in points if point["site"] == site]
+                first, then = (
+                    [(int(point["layer"]), number(point[f"{key}_{when}"])) for point in here]
+                    for when in ("before", "after")
+                )
+                before = before or first
+                if any(abs(b - a) > 1e-3 * abs(a) for (_, a), (_, b) in zip(first, then, strict=True)):
+                    after[label] = then
+            panels.append(plots.LayersPanel(f"{title}, {site} inputs", before, after))
+    return panels
+
+
+def _means(points: Sequence[Record], when: str) -> list[str]:
+    keys = ((when, 2), (f"peak_{when}", 2), (f"snr_{when}", 1))
+    return [f"{sum(number(p[key]) for p in points) / len(points):.{digits}f}" for key, digits in keys]
+
+
+def one_width(model: Model) -> list[Row]:
+    """Each label's row of fewest bits: what is learned is the same at every bit-width."""
+    return list({row.label: row for row in model.rows if not row.first.is_float}.values())
+
+
+def diagnostic(row: Row, what: str) -> Any:
+    """A diagnostic of the first cell of a row that has it: the first seed's, unless that failed."""
+    return next((found for cell in row.cells if (found := diagnostics(cell).get(what))), None)
+
+
+def diagnostics(cell: Cell) -> Record:
+    return cell.record.get("diagnostics") or {}
