@@ -1,5 +1,5 @@
-"""harness/published.py: the papers' tables are whole, agree with each other, and stand beside a run's numbers as
-what they are."""
+"""harness/published.py and beside.py: the papers' tables are whole, agree with each other, and stand beside a
+run's numbers as what they are."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness import published, report
+from harness.beside import beside_section
 from harness.published import FOLDER, Paper, Table, change_text, papers, read, render
+from harness.records import models_of, read_run
 from methods.errors import UserError
 from methods.registry import method_classes
 from tests.harness import runs
-from tests.harness.runs import edit, full_run, row_of, table, text_of, write_cell
+from tests.harness.runs import edit, row_of, table, text_of, write_cell
 
 SAME = "#### The same model"
 OTHERS = "#### Other models: relative changes alone"
@@ -238,7 +240,10 @@ def section(text: str) -> str:
 
 
 def test_another_model_has_relative_changes_alone(tmp_path: Path) -> None:
-    text = text_of(full_run(tmp_path / "run"))
+    for row in ("float", "rtn", "gptq", "quarot (gptq)"):
+        write_cell(tmp_path, row, "w16a16" if row == "float" else "w4a16")
+    write_cell(tmp_path, "quarot (gptq)", "w4a4kv4")
+    text = text_of(tmp_path)
     found = section(text)
     assert SAME not in found
     lines = table(text, OTHERS)
@@ -252,7 +257,7 @@ def test_another_model_has_relative_changes_alone(tmp_path: Path) -> None:
     assert line["theirs (%)"] == "+10.7 (Llama-2-13B) to +14.2 (Llama-2-70B), 3 models"
     main = table(text, runs.MODEL)
     ours, plain = (
-        float(row_of(main, *key)["perplexity news [95 %]"].split()[0])
+        float(row_of(main, *key)["perplexity wikipedia [95 %]"].split()[0])
         for key in (("w4a4kv4", "quarot (gptq)"), ("w16a16", "float"))
     )
     assert float(line["here (%)"].split()[0]) == pytest.approx(100 * (ours / plain - 1), abs=0.2)
@@ -282,7 +287,7 @@ def test_the_same_model_has_their_numbers_beside_ours(tmp_path: Path) -> None:
     main = table(text, "## meta-llama/Llama-2-7b-hf")
     ours = row_of(main, "w4a4kv4", "quarot (gptq)")
     line = next(line for line in lines if line["metric"] == "perplexity")
-    assert line["here"].split()[0] == ours["perplexity news [95 %]"].split()[0]
+    assert line["here"].split()[0] == ours["perplexity wikipedia [95 %]"].split()[0]
     score = next(line for line in lines if line["metric"] == "accuracy")
     assert score["here"].split()[0] == ours["mean accuracy (%) [95 %]"].split()[0]
     base = row_of(main, "w16a16", "float")["mean accuracy (%) [95 %]"]
@@ -292,14 +297,19 @@ def test_the_same_model_has_their_numbers_beside_ours(tmp_path: Path) -> None:
 
 
 def test_other_options_are_not_the_papers(tmp_path: Path) -> None:
+    def beside() -> list[str]:
+        (model,) = models_of(read_run(tmp_path).cells)
+        return beside_section(model)
+
     write_cell(tmp_path, "float", "w16a16")
     folder = write_cell(tmp_path, "quarot (gptq)", "w4a4kv4")
-    assert "### Beside the papers" in text_of(tmp_path)
+    assert beside()
     edit(folder, lambda record: record["method"]["options"]["quarot"].update(online=False))
-    assert "### Beside the papers" not in text_of(tmp_path)
+    assert not beside()
     edit(folder, lambda record: record["method"]["options"]["quarot"].update(online=True))
+    assert beside()
     edit(folder, lambda record: record.update(bits="w4a4kv8"))
-    assert "### Beside the papers" not in text_of(tmp_path)
+    assert not beside()
 
 
 def test_boosted_rows_are_told_apart_by_their_options() -> None:
