@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from harness import published, report
 from harness.beside import beside_section
-from harness.published import FOLDER, Paper, Table, change_text, papers, read, render
+from harness.published import FOLDER, Paper, Source, Table, change_text, papers, read, render
 from harness.records import models_of, read_run
 from methods.errors import UserError
 from methods.registry import method_classes
@@ -29,10 +29,14 @@ FILES = sorted(FOLDER.glob("*.json"))
 TABLES = [(paper, found) for paper in papers().values() for found in paper.tables]
 
 
+def sources_of(paper: Paper) -> list[Source]:
+    return [*(found.source for found in paper.tables), *(claim.source for claim in paper.claims)]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_file_is_whole_and_every_number_has_a_source(path: Path) -> None:
     paper = read(path)
-    sources = [part.source for part in (*paper.tables, *paper.claims)]
+    sources = sources_of(paper)
     assert sources or paper.unread
     for source in sources:
         assert source.document and source.url and source.place
@@ -198,8 +202,8 @@ def test_every_number_and_every_source_is_shown() -> None:
     text = render(papers())
     for paper in papers().values():
         assert paper.title in text and paper.unread in text
-        for part in (*paper.tables, *paper.claims):
-            assert part.source.url in text and part.source.document in text
+        for source in sources_of(paper):
+            assert source.url in text and source.document in text
         for part in paper.tables:
             lines = table(text[text.index(f"## {paper.title}\n") :], f"### {part.title}")
             assert len(lines) == len(part.rows)
