@@ -208,6 +208,9 @@ def test_the_worked_example_is_listed_and_checked(plugin: Path) -> None:
     assert done.returncode == 0, done.stderr
     entry = next(entry for entry in done.stdout.split("\n\n") if entry.startswith("edges\n"))
     assert "count=1, bits=8, rotation_seed=0" in entry
+    composed = ["edges:rounding=gptq", "edges+sensiboost", "edges:count=2;bits=6"]
+    taken = python(plugin, "-m", "harness.grid", "--methods", *composed, "--bits", "w4a4kv4", "--list")
+    assert taken.returncode == 0 and "3 cells" in taken.stdout, taken.stderr
     for spec, word in (("edges:count=0", "positive"), ("edges:bits=16", "2 to 8"), ("edges+quarot", "seam")):
         refused = python(plugin, "-m", "harness.grid", "--methods", spec, "--list")
         assert refused.returncode == 2 and word in refused.stderr, spec
