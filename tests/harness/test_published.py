@@ -324,3 +324,10 @@ def test_boosted_rows_are_told_apart_by_their_options() -> None:
     assert named == ["SensiBoost 3.13, 3 rungs"]
     options["choice"] = "random"
     assert not [row for row in found.rows if row.stands_for("w3a16g128", record)]
+
+
+def test_what_a_page_says_of_a_paper_is_in_the_data(root: Path) -> None:
+    page = " ".join((root / "docs" / "methods.md").read_text().split())
+    plain, tuned = papers()["quad"].claims
+    said = f"{plain.low} to {plain.high} % of the float accuracy at W4A4 and {tuned.low} % at W4A4/A8"
+    assert said in page
