@@ -6,7 +6,6 @@ groups) and with its control (as many matrices of each type, drawn at random).
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ from typing import Any
 
 from harness import inference, plots
 from harness.evidence import over, paired_rows
-from harness.layers import CORRELATIONS, PUBLISHED, LayerValues, correlations, merged, published
+from harness.layers import CORRELATIONS, LayerValues, correlations, merged, published
 from harness.markdown import plain, table
+from harness.published import Paper, papers
+from harness.published import Row as PublishedRow
 from harness.records import Cell, Model, Row
 from harness.stats import Estimate
 from harness.tables import flag_note, p_text, signed
@@ -24,6 +25,16 @@ from methods.sensitivity import Layers, of_matrices
 
 BOOSTS = ("sensiboost", "kurtboost")
 ALPHA = 0.05
+PUBLISHED_ROWS = {
+    f"{name} {stop}": f"{method}stop={stop}"
+    for name, method in (
+        ("sensiboost", "sensiboost:"),
+        ("kurtboost", "kurtboost:"),
+        ("random", "sensiboost:choice=random;"),
+    )
+    for stop in (2, 3)
+}
+"""The authors' rows, as reports call them and as methods/published writes them."""
 EXPLAINED = """\
 Δ log-perplexity on {task} over the same passages (below zero is better, 0.01 is 1 % of perplexity; 95 % \
 intervals), within one bit-width. `base`: the rounding alone with the same bits and groups. `control`: as \
@@ -34,10 +45,10 @@ choices of this table (Holm). Memory is that of the quantised linears over the b
 execution held, which counts float32 scales, padding, and scales that groups across outputs repeat."""
 SIMULATED = "Bytes are not given where execution was simulated: such a cell holds floats."
 PUBLISHED_NOTE = """\
-Theirs, not measured here: from the authors' repository (harness/published/boost), on their models by their \
-protocol. Change of WikiText-2 perplexity against HQQ of the same budget in percent, for 2 and 3 rungs, with \
-the change of memory that they recorded in brackets; `random` is their control. Not to be set beside the \
-numbers above."""
+Theirs, not measured here: from the authors' repository (methods/published/boost.json), on their models \
+by their protocol. Change of WikiText-2 perplexity against HQQ of the same budget in percent, for 2 and 3 \
+rungs, with the change of memory that they recorded in brackets; `random` is their control. Not to be set \
+beside the numbers above."""
 
 
 @dataclass(frozen=True)
@@ -202,30 +213,28 @@ def _figure(model: Model, rows: Sequence[Row], figures: Path, stem: str) -> list
 
 def published_section() -> list[str]:
     """The authors' own numbers, marked as theirs."""
-    with (PUBLISHED / "perplexity.csv").open(newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["method"] != "float"]
-    bases = {(row["model"], row["budget"]): row for row in rows if row["method"] == "hqq"}
+    paper = papers()["boost"]
+    perplexity = paper.table("wikitext2")
     lines = []
-    for (name, budget), base in bases.items():
-        line = [f"{name} (theirs)", budget, base["wikitext2"]]
-        for method in (*BOOSTS, "random"):
-            for stop in ("2", "3"):
-                key = (name, budget, method, stop)
-                row = next(r for r in rows if (r["model"], r["budget"], r["method"], r["stop"]) == key)
-                line.append(_their_gain(row, float(base["wikitext2"])))
-        lines.append(line)
-    head = [
-        "model",
-        "bits per weight",
-        "HQQ",
-        *(f"{method} {stop}" for method in (*BOOSTS, "random") for stop in (2, 3)),
-    ]
+    for model in (column.name for column in perplexity.models):
+        for base in (row for row in perplexity.rows if row.method == "hqq"):
+            if printed := perplexity.printed(base, model):
+                gains = (_their_gain(paper, base, spec, model) for spec in PUBLISHED_ROWS.values())
+                lines.append([f"{model} (theirs)", base.name.removeprefix("HQQ "), printed, *gains])
+    head = ["model", "bits per weight", "HQQ", *PUBLISHED_ROWS]
     return ["#### Published by the authors", table(head, lines), PUBLISHED_NOTE]
 
 
-def _their_gain(row: Mapping[str, str], base: float) -> str:
-    gain = 100 * (float(row["wikitext2"]) / base - 1) if row["wikitext2"] else float(row["gain_percent"])
-    return f"{gain:+.2f}" + (f" ({float(row['memory_percent']):+.2f})" if row["memory_percent"] else "")
+def _their_gain(paper: Paper, base: PublishedRow, spec: str, model: str) -> str:
+    """Percent of perplexity against the base of the same bits, from the two perplexities where both are
+    there, else as stated; with the change of memory where it is."""
+    perplexity = paper.table("wikitext2")
+    row = perplexity.row(spec, base.bits)
+    gain = math.nan if row is None else perplexity.change(row, base, model)
+    if math.isnan(gain):
+        gain = paper.table("wikitext2-change").value_of(spec, base.bits, model)
+    memory = paper.table("memory-change").value_of(spec, base.bits, model)
+    return f"{gain:+.2f}" + ("" if math.isnan(memory) else f" ({memory:+.2f})")
 
 
 # What a record says

@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from harness import inference
 from harness.evidence import over, paired_rows
 from harness.markdown import plain, table
+from harness.published import papers
 from harness.records import Column, Model, Record, Row
 from harness.stats import Estimate
 from methods.errors import UserError
 from methods.registry import method_class
 
 LEARNERS = ("kurtail", "spinquant")
-PAPERS = {("kurtail", "quarot"): "−15.5", ("kurtail", "spinquant"): "−2.9"}
-"""Percent of WikiText perplexity that KurTail's abstract (arXiv 2503.01483) reports, of far larger models."""
 GAINS = """\
 Change of perplexity in percent, paired by seed and by passage, with its interval (95 %: other passages and, \
 with several seeds, other seeds); below zero the method is better than what it is held against. QuaRot is \
@@ -34,7 +33,7 @@ def gains_section(model: Model) -> list[str]:
         found = [_estimates(row, reference, column, problems) for column in columns]
         seeds = max(map(len, found), default=0)
         if seeds:
-            said = PAPERS.get((_name(row), _name(reference)), "–") if _plain(row) else "–"
+            said = _claimed(row, reference) if _plain(row) else "–"
             shown = [change_text(inference.over_seeds(each)) if each else "–" for each in found]
             lines.append([row.bits, row.label, reference.label, seeds, *shown, said])
     if not lines:
@@ -42,6 +41,17 @@ def gains_section(model: Model) -> list[str]:
     head = ["bits", "method", "against", "seeds", *(f"{column.title} (%)" for column in columns), "paper (%)"]
     lost = [f"Not compared: {'; '.join(plain(problem) for problem in problems)}."] if problems else []
     return ["### Does learning the rotation pay?", table(head, lines), GAINS, *lost]
+
+
+def _claimed(row: Row, reference: Row) -> str:
+    """What the paper of a method says of its perplexity against another, in percent."""
+    paper = papers().get(_name(row))
+    claims = [
+        claim
+        for claim in (paper.claims if paper else ())
+        if (claim.method, claim.against, claim.metric) == (_name(row), _name(reference), "perplexity")
+    ]
+    return claims[0].low.replace("-", "−") if claims else "–"
 
 
 def change_text(log: Estimate) -> str:

@@ -3,7 +3,7 @@
     python -m harness.layers --out results/layers smollm2-135m-instruct
 
 measures both and writes <out>/<model>.csv, in the columns of the published measurements
-(harness/published/boost), <out>/<model>.svg, <out>/layers.json with what it took, and <out>/report.md with
+(methods/published/boost), <out>/<model>.svg, <out>/layers.json with what it took, and <out>/report.md with
 rank correlations between models.
 """
 
@@ -47,7 +47,7 @@ from methods.sensitivity import (
     weight_kurtosis,
 )
 
-PUBLISHED = Path(__file__).resolve().parent / "published" / "boost"
+PUBLISHED = Path(__file__).resolve().parent.parent / "methods" / "published" / "boost"
 COLUMNS = ("layer", "matrix", "params", "sensitivity_b4g64", "kurtosis")
 CORRELATIONS = """\
 Spearman's rank correlation of the values along depth, matrix type by matrix type (the deeper model is read \
@@ -78,8 +78,7 @@ class LayerValues:
 
 def published() -> list[LayerValues]:
     """The authors' measurements of Llama models."""
-    files = (path for path in sorted(PUBLISHED.glob("*.csv")) if path.name != "perplexity.csv")
-    return [read_csv(path, theirs=True) for path in files]
+    return [read_csv(path, theirs=True) for path in sorted(PUBLISHED.glob("*.csv"))]
 
 
 def read_csv(path: Path, theirs: bool = False) -> LayerValues:

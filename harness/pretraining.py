@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,16 +15,19 @@ from typing import Any
 
 from harness import plots, store
 from harness.markdown import table
-from harness.pretraining_tables import at_four_bits, in_order, overhead_section, recipe_name
+from harness.pretraining_tables import (
+    at_four_bits,
+    in_order,
+    overhead_section,
+    published_kurtosis,
+    recipe_name,
+)
 from kernels.command import run_command
 from methods.distribution import refuse_foreign_kernels
 from methods.errors import UserError
 
 Record = dict[str, Any]
 
-KURTOSIS = {"adam": 1818.56, "muon": 1575.12, "muon+ssnorm": 66.69, "muon+embproj": 703.23, "osp": 0.04}
-"""Excess kurtosis that Park et al. 2025 (arXiv 2506.19697, ablations) publish at 1.4 B parameters and 100 B
-tokens, each token without context."""
 OUTLIERS = 10.0
 """Mean excess kurtosis below which a residual stream has no outliers to speak of: a single channel that holds
 a third of a stream's energy makes about a tenth of its width."""
@@ -92,8 +96,8 @@ def _verdict(runs: Mapping[str, Record]) -> str:
     )
     if max(adam) < OUTLIERS:
         found += (
-            f" **Outliers like those published ({KURTOSIS['adam']:,} by Adam) did not appear at this "
-            f"scale**: none of Adam's runs "
+            f" **Outliers like those published ({published_kurtosis('adam'):,} by Adam) did not appear at "
+            f"this scale**: none of Adam's runs "
             f"reaches {OUTLIERS:g}, and what follows compares recipes, not outliers with "
             "their absence."
         )
@@ -183,6 +187,11 @@ def _curves(runs: Mapping[str, Record], path: Path) -> str:
     return f"![Loss against tokens](figures/{path.name})"
 
 
+def _published(recipe: str) -> str:
+    value = published_kurtosis(recipe)
+    return "–" if math.isnan(value) else f"{value:,.2f}"
+
+
 def _kurtosis(runs: Mapping[str, Record], figures: Path) -> list[str]:
     probed = {name: run for name, run in runs.items() if run["probes"]}
     lines = []
@@ -198,7 +207,7 @@ def _kurtosis(runs: Mapping[str, Record], figures: Path) -> list[str]:
                 f"{max(end['alone']):.3f}",
                 f"{mean([site['kurtosis'] for site in down]) - 3:.2f}",
                 f"{max(site['largest'] for site in down):.1f}",
-                f"{KURTOSIS[recipe_name(name)[0]]:,.2f}" if recipe_name(name)[0] in KURTOSIS else "–",
+                _published(recipe_name(name)[0]),
             ]
         )
     head = ["run", "in context", "most", "alone", "most ", "down_proj inputs", "their largest value"]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from harness import plots
 from harness.markdown import table
+from harness.published import papers
 from harness.resample import ratio_bootstrap
 
 Record = dict[str, Any]
@@ -19,22 +20,17 @@ Cells = Mapping[tuple[str, str], Record]
 
 NAMES = {"w16a16": "16-16-16", "w4a8": "4-8-16", "w4a8kv8": "4-8-8", "w4a4": "4-4-16", "w4a4kv4": "4-4-4"}
 """Bit-widths as the paper writes them: weights, activations, KV cache."""
-PAPER = {
-    "adam": ("11.4", "21.6 / 22.3", "21.6 / 22.3", "1e5 / 3e4", "8e4 / 3e4"),
-    "muon": ("11.4", "13.8 / 12.9", "13.8 / 12.9", "934 / 15.7", "1e4 / 15.8"),
-    "muon+ssnorm": ("11.2", "12.4 / 12.2", "12.4 / 12.2", "43.3 / 33.7", "44.2 / 34.1"),
-    "muon+embproj": ("12.3", "14.8 / 13.9", "14.8 / 13.9", "99.7 / 22.1", "114.6 / 22.3"),
-    "osp": ("11.2", "12.2 / 12.1", "12.2 / 12.1", "19.4 / 13.4", "19.6 / 13.5"),
+CHECKPOINTS = {
+    "adam": "OSP-1.4B-100B-Adam",
+    "muon": "OSP-1.4B-100B-Muon",
+    "muon+ssnorm": "OSP-1.4B-100B-Muon-SSNorm",
+    "muon+embproj": "OSP-1.4B-100B-Muon-EmbProj",
+    "osp": "OSP-1.4B-100B-Muon-SSNorm-EmbProj",
 }
-"""Perplexity of Park et al. 2025 (arXiv 2506.19697), 1.4 B parameters at 100 B tokens: rounded to nearest /
-with the Hadamard transform before down_proj."""
-PAPER_LONGEST = {
-    "rtn": ("14475.51", "45.92"),
-    "ffn_hadamard": ("4794", "19.27"),
-    "ffn_hadamard:rounding=gptq": ("3723.46", "14.29"),
-    "quarot": ("16.62", "14.38"),
-}
-"""4-4-4 perplexity (Adam, OSP) of the paper's models of 1 T tokens."""
+"""Recipes, and what the tables of Park et al. 2025 (methods/published/osp.json) call the models that they
+gave at 1.4 B parameters and 100 B tokens."""
+LONGEST = ("OSP-1.4B-1T-Adam", "OSP-1.4B-1T-Muon-SSNorm-EmbProj")
+"""Their models of 1 T tokens: Adam's and OSP's."""
 TEXTS = {"held_out": "held-out text", "wikipedia": "Wikipedia"}
 BITS = """\
 *How much the loss on held-out text rises above that of the recipe's own float model (log scale, first \
@@ -54,7 +50,7 @@ def recipe_name(run: str) -> tuple[str, int]:
 
 def in_order(runs: Mapping[str, Any]) -> dict[str, Any]:
     """Runs by their recipe, as the paper lists them, then by seed."""
-    places = {recipe: place for place, recipe in enumerate(PAPER)}
+    places = {recipe: place for place, recipe in enumerate(CHECKPOINTS)}
     return dict(
         sorted(runs.items(), key=lambda run: (places[recipe_name(run[0])[0]], recipe_name(run[0])[1]))
     )
@@ -71,7 +67,7 @@ def at_four_bits(tables: Record | None, figures: Path) -> list[str]:
     text = ["## At 4 bits", _protocol(next(iter(models.values())))]
     for part, title in TEXTS.items():
         text += [f"### Perplexity, {title}", _widths(models, part)]
-    lines = [[recipe, *values] for recipe, values in PAPER.items()]
+    lines = [[recipe, *_published(checkpoint)] for recipe, checkpoint in CHECKPOINTS.items()]
     text += [
         "### Published, 1.4 B parameters at 100 B tokens",
         "Another tokenizer, another text: compare how far a row falls, not its numbers.",
@@ -83,6 +79,26 @@ def at_four_bits(tables: Record | None, figures: Path) -> list[str]:
     for part, title in TEXTS.items():
         text += [f"On {title}:", _pairs(models, part)]
     return [*text, *_further(models), f"    {tables['command']}"]
+
+
+def published_kurtosis(recipe: str) -> float:
+    """Excess kurtosis of the published model of a recipe, each token without context; NaN without one."""
+    checkpoint = CHECKPOINTS.get(recipe)
+    found = papers()["osp"].table("ablation-kurtosis")
+    return found.value_of("float", "w16a16", checkpoint) if checkpoint else math.nan
+
+
+def _published(checkpoint: str) -> list[str]:
+    """The published perplexities of a recipe's model by bit-width: rounded to nearest / with the Hadamard
+    transform before down_proj."""
+    found = papers()["osp"].table("ablation-perplexity")
+
+    def printed(method: str, bits: str) -> str | None:
+        row = found.row(method, bits)
+        return None if row is None else found.printed(row, checkpoint)
+
+    ways = ("float", "rtn", "ffn_hadamard")
+    return [" / ".join(filter(None, (printed(way, bits) for way in ways))) for bits in NAMES]
 
 
 def _protocol(cells: Cells) -> str:
@@ -193,13 +209,13 @@ def _further(models: Mapping[str, Cells]) -> list[str]:
     further = [key for key in dict.fromkeys(keys) if key[1] in ("w4a4kv4", "w4a16")]
     if not further:
         return []
-    lines = []
+    lines, longest = [], papers()["osp"].table("longest-perplexity")
     for method, bits in further:
         line = [method, bits]
         for cells in chosen.values():
             line.append(perplexity(nats(cells[method, bits], "held_out")) if (method, bits) in cells else "–")
-        published = PAPER_LONGEST.get(method) if bits == "w4a4kv4" else None
-        lines.append([*line, *(published or ("–", "–"))])
+        row = longest.row(method, bits)
+        lines.append([*line, *(longest.printed(row, name) if row else "–" for name in LONGEST)])
     names = [" ".join(map(str, recipe_name(name))) for name in chosen]
     return [
         "### Further methods on Adam's and OSP's models",

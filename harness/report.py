@@ -1,6 +1,7 @@
 """The report of a run: Markdown and figures from the cells' records, and the table for the terminal.
 
     python -m harness.report RUN_FOLDER
+    python -m harness.report --published       # what papers report, which reports set beside ours
 
 It reads <run>/<cell id>/cell.json with the samples beside it and writes <run>/report.md, <run>/figures/*.svg
 and <run>/report.html, one file that holds all of it (page.py). Equal records give equal bytes. Costs are
@@ -18,8 +19,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-from harness import store
+from harness import published, store
 from harness.ablation import ablation_section, online_section
+from harness.beside import beside_section
 from harness.boosting import boosting_section
 from harness.costs import cost_section
 from harness.equal_bits import equal_bits_section
@@ -186,6 +188,7 @@ def _model_section(model: Model, figures: Path, stem: str) -> list[str]:
     text += [*kurtosis_section(model, figures, stem), *inputs_section(model, figures, stem)]
     text += errors_section(model, figures, stem)
     text += [*equal_bits_section(model), *gains_section(model), *learning_section(model, figures, stem)]
+    text += beside_section(model)
     return list(filter(None, text))
 
 
@@ -338,16 +341,34 @@ def _failures_section(run: Run) -> list[str]:
     return text
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m harness.report", description="Write the report of a run."
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="python -m harness.report", description="Write the report of a run, or what papers report."
     )
-    parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="a folder that the grid wrote")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the report goes (default: RUN_FOLDER)")
-    arguments = parser.parse_args(argv)
+    what = result.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "run_folder", type=Path, nargs="?", metavar="RUN_FOLDER", help="a folder that the grid wrote"
+    )
+    what.add_argument("--published", action="store_true", help="what papers report (methods/published)")
+    result.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where it goes (default: RUN_FOLDER; --published: the terminal)",
+    )
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
     try:
         refuse_foreign_kernels()
-        print(write_report(arguments.run_folder, arguments.out))
+        if not arguments.published:
+            print(write_report(arguments.run_folder, arguments.out))
+        elif arguments.out is not None:
+            print(published.write(arguments.out))
+        else:
+            print(published.render(published.papers()), end="")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
