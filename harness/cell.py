@@ -73,18 +73,28 @@ class Setting:
     device: torch.device
     command: str
     perturbation: Perturbation | None = None
+    machine: Record | None = None
+    """The machine that the cells run on (`environment.describe`); None: this one."""
 
 
-def open_setting(grid: GridConfig, command: str, perturbation: Perturbation | None = None) -> Setting:
-    """Check the device, set the threads, read the calibration text. UserError for what cannot be had."""
-    device = parse_device(grid.device)
+def open_setting(
+    grid: GridConfig,
+    command: str,
+    perturbation: Perturbation | None = None,
+    machine: Record | None = None,
+) -> Setting:
+    """Check the device, set the threads, read the calibration text. UserError for what cannot be had.
+
+    machine: where the cells run if that is not here, as it described itself.
+    """
+    device = parse_device(grid.device) if machine is None else torch.device(grid.device)
     if grid.threads is not None:
         torch.set_num_threads(grid.threads)
     corpus = load_corpus(grid.calibration.corpus, "calibration")
     about: Record = {"name": corpus.name, "sha256": corpus.sha256, "source": corpus.source}
     if grid.calibration.corpus != "boolq":
         about["shared_13_grams_with_evaluation"] = contamination(corpus)
-    return Setting(grid, Calibration(corpus, about), device, command, perturbation)
+    return Setting(grid, Calibration(corpus, about), device, command, perturbation, machine)
 
 
 def open_model(name: str, grid: GridConfig) -> Model:
@@ -124,7 +134,7 @@ def identity(cell: CellSpec, model: Model, setting: Setting) -> Record:
         "dtype": grid.dtype,
         "batch_size": grid.batch_size if setting.device.type != "cpu" else None,
         **({"perturbation": perturbed} if perturbed else {}),
-        "environment": environment.describe(setting.device),
+        "environment": setting.machine or environment.describe(setting.device),
     }
 
 

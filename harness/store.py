@@ -146,7 +146,7 @@ def _damage(folder: Path, task: Record) -> str:
 
 def note(folder: Path, event: str, **facts: Any) -> None:
     """Append an event to a cell's history, in one write."""
-    line = {"time": now(), "pid": os.getpid(), "event": event, **facts}
+    line = {"time": now(), "host": os.uname().nodename, "pid": os.getpid(), "event": event, **facts}
     with (folder / HISTORY).open("ab") as stream:
         stream.write(json.dumps(line).encode() + b"\n")
 
