@@ -62,9 +62,9 @@ class Place:
 def refusal(place: Place) -> str | None:
     """Why no cell may run on this node; None where one may."""
     claim = Path(place.claim)
-    for path in (claim, Path(place.folder)):
+    for path, shared in ((claim, claim.parent), (Path(place.folder), Path(place.folder))):
         if not path.exists():
-            return f"does not see {path if path.is_dir() else path.parent}: all nodes must share it"
+            return f"does not see {shared}: all nodes must share it"
     try:
         with FileLock(claim, timeout=0):
             return (
@@ -109,8 +109,8 @@ def fill_on_node(place: Place, line: bytes, seconds: float) -> Iterator[Event]:
     with ThreadPoolExecutor(1) as pool:
         ended = pool.submit(watch.watch, line, seconds, events.put, place.environment(), place.folder)
         ended.add_done_callback(lambda _: events.put(None))
-        for event in iter(events.get, None):
-            yield event  # not `yield from`: Ray sends into what it iterates
+        while (event := events.get()) is not None:
+            yield event
         yield {"ended": dataclasses.asdict(ended.result())}
 
 
