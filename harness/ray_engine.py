@@ -132,7 +132,7 @@ def connected(address: str | None, grid: GridConfig, out: Path) -> Iterator[Clus
     try:
         ray.init(address, logging_level="ERROR", log_to_driver=False, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"no Ray cluster at {address}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"no Ray cluster at {address}: {_line(error)}") from error
     try:
         with _claim(out) as claim:
             variables = {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED)}
@@ -144,7 +144,10 @@ def connected(address: str | None, grid: GridConfig, out: Path) -> Iterator[Clus
                 )
             needs = {"CPU": grid.threads or 1, "GPU": gpus}
             _require_room(needs, address)
-            answer = ray.get(_task(describe_node, needs).remote(place, grid.device, grid.threads))
+            try:
+                answer = ray.get(_task(describe_node, needs).remote(place, grid.device, grid.threads))
+            except ray.exceptions.RayError as error:
+                raise UserError(f"a node could not be asked what it is: {_line(error)}") from error
             if "refused" in answer:
                 raise UserError(answer["refused"])
             machine = answer["machine"]
@@ -269,8 +272,8 @@ class _Filling:
             try:
                 event = ray.get(next(stream))
             except ray.exceptions.RayTaskError as error:
-                reason = " ".join(str(error.cause).split())
-                raise UserError(f"{run.work.cell}: node {run.node} cannot start it: {reason}") from error
+                where = f"node {run.node or 'unknown'}"
+                raise UserError(f"{run.work.cell}: {where}: {_line(error.cause or error)}") from error
             except ray.exceptions.OutOfMemoryError:  # Ray watches a node's memory, too
                 self._end(stream, Ending({}, run.stage, -signal.SIGKILL, True))
             except ray.exceptions.RayError:
@@ -381,6 +384,11 @@ def _nodes() -> list[dict[str, float]]:
 def _room(needs: dict[str, int]) -> bool:
     """Whether a node has what a cell needs, in use or not."""
     return any(all(node.get(name, 0) >= count for name, count in needs.items()) for node in _nodes())
+
+
+def _line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _words(needs: dict[str, int]) -> str:

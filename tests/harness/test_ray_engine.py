@@ -11,8 +11,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -409,6 +411,87 @@ def test_a_node_takes_what_numbers_depend_on_from_the_command(monkeypatch: pytes
     found = ray_engine.Place("", "", "a:b", {"HF_HOME": "here"}).environment()
     assert "OMP_NUM_THREADS" not in found
     assert (found["CUDA_VISIBLE_DEVICES"], found["HF_HOME"], found["PYTHONPATH"]) == ("3", "here", "a:b")
+
+
+class Failing:
+    """Ray, as far as cells hear of it, when an error comes of one."""
+
+    class exceptions:  # noqa: N801 - as Ray names it
+        class RayError(Exception):
+            pass
+
+        class RayTaskError(RayError):
+            cause = FileNotFoundError("[Errno 2] No such file or directory: '/nowhere'")
+
+        class OutOfMemoryError(RayError):
+            pass
+
+        class NodeDiedError(RayError):
+            pass
+
+    def __init__(self, error: str) -> None:
+        self._error: type[Exception] = getattr(self.exceptions, error)
+
+    def wait(self, streams: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return streams, []
+
+    def get(self, _: Any) -> Any:
+        raise self._error
+
+    def cancel(self, stream: Any, force: bool) -> None:
+        pass
+
+    def nodes(self) -> list[Any]:
+        return []
+
+
+class Told:
+    """A cell of which only the end is of interest."""
+
+    cell, cell_id, units = "a cell", "id", 1.0
+
+    def __init__(self) -> None:
+        self.endings: list[tuple[Ending, Any]] = []
+
+    def conclude(self, ending: Ending, place: str, failure: Any) -> dict[str, Any]:
+        assert place == "node b"
+        self.endings.append((ending, failure))
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        ("OutOfMemoryError", (-signal.SIGKILL, True)),
+        ("RayTaskError", "a cell: node b: .*nowhere"),
+        ("NodeDiedError", None),
+    ],
+)
+def test_what_ray_tells_of_a_cell(error: str, outcome: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lack of memory that Ray notices is recorded as the system's is; what cannot run anywhere ends the
+    command; a lost node has the cell wait again, and where no other has room, this is said."""
+    ray: Any = Failing(error)
+    monkeypatch.setattr(ray_engine, "_ray", lambda: ray)
+    said: list[str] = []
+    place = ray_engine.Place("", "", "", {})
+    cluster = ray_engine.Cluster(place, {}, {"CPU": 1, "GPU": 0}, None)
+    progress: Any = SimpleNamespace(say=said.append)
+    filling = ray_engine._Filling(cluster, progress, deque())
+    told: Any = Told()
+    filling.running[iter([None])] = ray_engine._Run(told, "b", "piqa_local")
+    if isinstance(outcome, str):
+        with pytest.raises(UserError, match=outcome):
+            filling._listen()
+        return
+    filling._listen()
+    assert not filling.running
+    if outcome is None:
+        assert list(filling.waiting) == [told] and not told.endings
+        assert "was lost at piqa_local" in said[0]
+        assert said[1] == "no node with 1 CPU(s) is left: waiting for one to join"
+        return
+    ((ending, failure),) = told.endings
+    assert (ending.status, ending.oom, ending.stage, failure) == (*outcome, "piqa_local", None)
 
 
 def test_a_node_of_another_kind_is_named(root: Path) -> None:
