@@ -183,7 +183,8 @@ class Work:
         return CellRun(self.cell, self.model, self.setting, self.folder, steps).run(self.retry_failed)
 
     def conclude(self, ending: Ending, place: str = "", failure: Record | None = None) -> Record | None:
-        """The cell's record once a process has been at it; None where another process holds the cell.
+        """The cell's record once a process has been at it; None where another process holds the cell, or what
+        another machine wrote is yet to be seen here.
 
         How the process ended is put on record where it could not itself: `failure`, or what `ending` says.
         place: the node that it ran on, for messages; empty: this machine.
@@ -199,7 +200,11 @@ class Work:
             raise UserError(f"{self.cell}: {self._change(last['changed'], place)}")
         try:
             with store.lease(self.folder):
+                if place:
+                    store.refresh(self.folder)
                 record = store.read_record(self.folder, self.progress.say)
+                if place and record is None and "settled" in last:
+                    return None  # not to be seen from here yet
                 if "settled" not in last or record is None:
                     record = self._record_death(record, ending, failure)
         except store.Leased:  # taken up by another run since

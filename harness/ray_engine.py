@@ -170,6 +170,10 @@ class _Run:
     _begun: float = 0.0
     _step: float = 0.0
 
+    @property
+    def place(self) -> str:
+        return f"node {self.node}" if self.node else "an unknown node"
+
     def take(self, event: Event) -> None:
         """Follow where the cell is."""
         self.node = event.get("node", self.node)
@@ -272,8 +276,7 @@ class _Filling:
             try:
                 event = ray.get(next(stream))
             except ray.exceptions.RayTaskError as error:
-                where = f"node {run.node or 'unknown'}"
-                raise UserError(f"{run.work.cell}: {where}: {_line(error.cause or error)}") from error
+                raise UserError(f"{run.work.cell}: {run.place}: {_line(error.cause or error)}") from error
             except ray.exceptions.OutOfMemoryError:  # Ray watches a node's memory, too
                 self._end(stream, Ending({}, run.stage, -signal.SIGKILL, True))
             except ray.exceptions.RayError:
@@ -290,7 +293,7 @@ class _Filling:
 
     def _end(self, stream: Any, ending: Ending, failure: Record | None = None) -> None:
         run = self.running.pop(stream)
-        record = run.work.conclude(ending, f"node {run.node}", failure)
+        record = run.work.conclude(ending, run.place, failure)
         if record is None:
             self.held.append(run.work)
         else:
@@ -301,7 +304,7 @@ class _Filling:
         run = self.running[stream]
         self.losses[run.work.cell_id] += 1
         if self.losses[run.work.cell_id] > 1:
-            message = f"its node was lost, and so was the one that it ran on again ({run.node})"
+            message = f"its node was lost, and so was the one that it ran on again ({run.place})"
             failure = {
                 "stage": run.stage,
                 "kind": "lost node",
@@ -313,7 +316,7 @@ class _Filling:
             return
         del self.running[stream]
         self.waiting.appendleft(run.work)
-        self.progress.say(f"{run.work.cell}: node {run.node} was lost at {run.stage}; the cell runs again")
+        self.progress.say(f"{run.work.cell}: {run.place} was lost at {run.stage}; the cell runs again")
         if not _room(self.cluster.needs):
             self.progress.say(f"no node with {_words(self.cluster.needs)} is left: waiting for one to join")
 

@@ -65,6 +65,14 @@ def lease(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def refresh(folder: Path) -> None:
+    """See what other machines have written in a folder. A client of NFS remembers for a while that a file was
+    not there; a change that it makes itself has it ask again."""
+    probe = folder / f".{os.uname().nodename}-{os.getpid()}-{time.monotonic_ns()}.partial"
+    probe.touch()
+    probe.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -514,3 +514,12 @@ def test_a_node_of_another_kind_is_named(root: Path) -> None:
         work.conclude(Ending({"changed": {**machine, "threads": 2}}), "node b")
     with pytest.raises(UserError, match="changed since this run began"):
         work.conclude(Ending({"changed": machine}), "node b")
+
+
+def test_a_record_that_is_yet_to_be_seen_is_not_written_over(tmp_path: Path) -> None:
+    """A node says that the cell is done, and the file system of this machine lags behind."""
+    nothing: Any = None
+    progress: Any = SimpleNamespace(say=lambda line: None)
+    work = Work(nothing, "id", nothing, nothing, tmp_path, progress, False)
+    assert work.conclude(Ending({"settled": True}), "node b") is None
+    assert {path.name for path in (tmp_path / "id").iterdir()} <= {store.LEASE}
