@@ -24,7 +24,7 @@ def test_the_peak_is_of_what_happened_inside() -> None:
         second = peak()
     if first is None or second is None:
         pytest.skip("this system does not say")
-    assert before + SIZE <= first < before + 2 * SIZE
+    assert before + 0.95 * SIZE <= first < before + 2 * SIZE  # some pages are counted late
     assert second <= first - SIZE / 2
 
 
