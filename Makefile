@@ -5,6 +5,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/requirements.lock
+RAY := $(VENV)/ray.lock
 
 .DEFAULT_GOAL := help
 .PHONY: help grid study test gate parity speed lint assets gpu-bundle clean
@@ -18,7 +19,7 @@ grid: $(INSTALLED) ## compare the 4-bit methods on the default model (20 minutes
 study: $(INSTALLED) ## the same with everything learned and more of every task (hours; resumes)
 	$(BIN)/python -m harness.grid grids/full.yaml
 
-test: lint ## lint, then every test
+test: lint $(RAY) ## lint, then every test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadscope --no-loadscope-reorder
 
 gate: $(INSTALLED) ## has accuracy fallen since results/reference/gate.json was recorded? (minutes)
@@ -41,6 +42,14 @@ gpu-bundle: $(INSTALLED) ## pack what a grid and the benchmark's peers need on a
 	$(BIN)/python -m methods.assets
 	$(BIN)/python -m kernels.bundle collect grid --data "$$($(BIN)/python -c 'from methods import assets; print(assets.home() / "assets")')"
 	$(BIN)/python -m kernels.bundle collect peers
+
+# A set-up that begins anew takes this file with it.
+$(RAY): $(INSTALLED)
+	@if ! sed -n 's/^# ray: //p' requirements.lock | cmp -s - $@; then \
+	  set -e; \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $$(sed -n 's/^# ray: //p' requirements.lock); \
+	  sed -n 's/^# ray: //p' requirements.lock > $@; \
+	fi
 
 clean: ## remove the environment and every cache in this folder (results and downloads stay)
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -58,14 +58,24 @@ class Setting:
     device: torch.device
     command: str
     perturbation: Perturbation | None = None
+    machine: Record | None = None
+    """The machine that the cells run on (`environment.describe`); None: this one."""
 
 
-def open_setting(grid: GridConfig, command: str, perturbation: Perturbation | None = None) -> Setting:
-    """Check the device, set the threads, read the calibration text. UserError for what cannot be had."""
-    device = parse_device(grid.device)
+def open_setting(
+    grid: GridConfig,
+    command: str,
+    perturbation: Perturbation | None = None,
+    machine: Record | None = None,
+) -> Setting:
+    """Check the device, set the threads, read the calibration text. UserError for what cannot be had.
+
+    machine: where the cells run if that is not here, as it described itself.
+    """
+    device = parse_device(grid.device) if machine is None else torch.device(grid.device)
     if grid.threads is not None:
         torch.set_num_threads(grid.threads)
-    return Setting(grid, open_calibration(grid), device, command, perturbation)
+    return Setting(grid, open_calibration(grid), device, command, perturbation, machine)
 
 
 def open_model(name: str, grid: GridConfig) -> Model:
@@ -88,8 +98,8 @@ def open_model(name: str, grid: GridConfig) -> Model:
 
 def identity(cell: CellSpec, model: Model, setting: Setting) -> Record:
     """Everything that can change a cell's numbers, tasks aside: those carry keys of their own."""
-    sha256 = model.about["sha256"]
-    about = quantising.identity(cell, sha256, setting.grid, setting.calibration, setting.device)
+    sha256, machine = model.about["sha256"], setting.machine or environment.describe(setting.device)
+    about = quantising.identity(cell, sha256, setting.grid, setting.calibration, setting.device, machine)
     if setting.perturbation is not None:
         about["perturbation"] = dataclasses.asdict(setting.perturbation)
     return about

@@ -19,6 +19,7 @@ from lm_eval.utils import simple_parse_args_string
 from pydantic import Field, ValidationError, field_validator
 from tqdm import tqdm
 
+from harness import environment
 from harness.config import CellSettings, CellSpec
 from harness.lm import DecoderLM
 from harness.quantising import artifact_folder, digest, identity, open_calibration, quantise_cell
@@ -165,7 +166,9 @@ class CellLM(DecoderLM):
             torch.set_num_threads(settings.threads)
         checkpoint = open_checkpoint(settings.pretrained)
         calibration = open_calibration(settings)
-        self.identity = identity(cell, checkpoint.sha256, settings, calibration, device)
+        self.identity = identity(
+            cell, checkpoint.sha256, settings, calibration, device, environment.describe(device)
+        )
         bar = _Bar()
         self.quantised = quantise_cell(
             cell, checkpoint, settings, calibration, device, progress=bar, cache=artifact_folder()

@@ -74,7 +74,8 @@ class GridConfig(CellSettings):
 
     `limits` gives single tasks a limit of their own. `seeds` is the number of repetitions, seeded 0, 1,
     ...; `subset_seed` draws the documents, the same for every cell. Lengths are in tokens. `time_limit`:
-    minutes a cell may take before it is given up as hanging.
+    minutes a cell may take before it is given up as hanging. `gpus`: how many GPUs of a cluster the grid may
+    hold at a time, one a cell (default: all).
     """
 
     name: str = Field(default="grid", pattern=r"^[A-Za-z0-9._-]+$")
@@ -88,6 +89,7 @@ class GridConfig(CellSettings):
     subset_seed: int = 0
     perplexity_length: int = Field(default=2048, ge=16)
     time_limit: float = Field(default=1440, gt=0, allow_inf_nan=False)
+    gpus: int | None = Field(default=None, ge=1)
 
     @field_validator("methods", mode="before")
     @classmethod

@@ -6,20 +6,15 @@ is given again, and several runs may fill one store at a time.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import os
-import selectors
 import signal
-import subprocess
-import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from harness import environment, store
+from harness import store
 from harness.cell import (
     CellRun,
     Model,
@@ -34,16 +29,14 @@ from harness.cell import (
 )
 from harness.config import CellSpec, GridConfig, cells_of
 from harness.perturb import Perturbation
-from harness.progress import Event, Progress, Steps
+from harness.progress import Progress, Steps
 from harness.store import Record
+from harness.watch import POLL_SECONDS, Ending, watch
 from harness.worker import Job
 from methods.errors import UserError
 
-_POLL_SECONDS = 1.0
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
-"""Has glibc keep freed memory for the next tensor (up to 32 MiB a block, 4 GiB in all): pages that go back
-to the system are zeroed anew each time, which takes as long as a pass of a quantiser. No number depends on
-it."""
+if TYPE_CHECKING:
+    from harness.ray_engine import Cluster
 
 
 def run_grid(
@@ -55,18 +48,19 @@ def run_grid(
     quiet: bool = False,
     isolate: bool = True,
     perturbation: Perturbation | None = None,
+    cluster: Cluster | None = None,
 ) -> list[Record]:
     """Fill every cell of the grid under `out`; return the records in the grid's order.
 
     isolate: each cell in a process of its own, under the grid's time limit; else all in this process, where a
     crash or a hang ends the run. perturbation: a harmless change to run under (harness/perturb.py), in this
-    process only.
+    process only. cluster: where cells run side by side (harness/ray_engine.py); None: here, one by one.
 
     Raises UserError, before anything runs, for models, tasks, devices and texts that cannot be had.
     """
     if perturbation is not None and isolate:
         raise ValueError("perturbed cells run in this process: give isolate=False")
-    setting = open_setting(grid, command, perturbation)
+    setting = open_setting(grid, command, perturbation, None if cluster is None else cluster.machine)
     models = {name: open_model(name, grid) for name in grid.models}
     cells = cells_of(grid)
     ids = [digest(identity(cell, models[cell.model], setting)) for cell in cells]
@@ -80,23 +74,32 @@ def run_grid(
     }
     store.sweep(out)
     store.write_json(out / store.MANIFEST, manifest)
-    found: dict[str, Record] = {}
     with Progress(sum(units(cell, grid, models[cell.model]) for cell in cells), quiet) as progress:
-        queue = deque(zip(cells, ids, strict=True))
-        passed = 0  # cells in a row that another process holds
-        while queue:
-            cell, cell_id = queue.popleft()
-            work = _Work(cell, cell_id, models[cell.model], setting, out, progress, retry_failed)
-            record = work.run(isolate)
-            if record is not None:
-                found[cell_id], passed = record, 0
-                continue
-            queue.append((cell, cell_id))
-            passed += 1
-            if passed >= len(queue):
-                progress.wait(f"{cell}: another process is at it")
-                time.sleep(_POLL_SECONDS)
+        works = [
+            Work(cell, cell_id, models[cell.model], setting, out, progress, retry_failed)
+            for cell, cell_id in zip(cells, ids, strict=True)
+        ]
+        found = _one_by_one(works, isolate) if cluster is None else cluster.fill(works, progress)
     return [_asked(found[cell_id], models[cell.model]) for cell, cell_id in zip(cells, ids, strict=True)]
+
+
+def _one_by_one(works: Sequence[Work], isolate: bool) -> dict[str, Record]:
+    """The records of the cells by their ids, each filled on this machine."""
+    found: dict[str, Record] = {}
+    queue = deque(works)
+    passed = 0  # cells in a row that another process holds
+    while queue:
+        work = queue.popleft()
+        record = work.run(isolate)
+        if record is not None:
+            found[work.cell_id], passed = record, 0
+            continue
+        queue.append(work)
+        passed += 1
+        if passed >= len(queue):
+            work.progress.wait(f"{work.cell}: another process is at it")
+            time.sleep(POLL_SECONDS)
+    return found
 
 
 def _asked(record: Record, model: Model) -> Record:
@@ -106,7 +109,7 @@ def _asked(record: Record, model: Model) -> Record:
 
 
 @dataclasses.dataclass
-class _Work:
+class Work:
     """A cell to be filled by this run, or found filled."""
 
     cell: CellSpec
@@ -121,71 +124,115 @@ class _Work:
     def folder(self) -> Path:
         return self.out / self.cell_id
 
-    def run(self, isolate: bool) -> Record | None:
-        """The cell's record when nothing is left to do; None while another process holds the cell."""
-        try:
-            with store.lease(self.folder):
-                record = settled(self.folder, self.model, self.retry_failed, self.progress.say)
-                if record is None and not isolate:
-                    steps = Steps(lambda event: self.progress.show(str(self.cell), event))
-                    record = CellRun(self.cell, self.model, self.setting, self.folder, steps).run(
-                        self.retry_failed
-                    )
-                    self._tell(record)
-                    return record
-        except store.Leased:
-            return None
-        if record is not None:
-            self.progress.begin(f"{self.cell}: done before", self._units)
-            self.progress.end()
-            return record
-        return self._isolated()
-
     @property
-    def _units(self) -> float:
+    def units(self) -> float:
+        """Estimated cost in tokens."""
         return units(self.cell, self.setting.grid, self.model)
 
-    def _isolated(self) -> Record | None:
-        """Have a process of its own fill the cell; put on record how it ended where it could not itself."""
-        kills = environment.oom_kills()
-        grid = self.setting.grid
-        job = Job(
-            grid.model_dump(mode="json"),
+    @property
+    def job(self) -> Job:
+        """What a process of its own is to do."""
+        return Job(
+            self.setting.grid.model_dump(mode="json"),
             dataclasses.asdict(self.cell),
             self.cell_id,
             str(self.out),
             self.setting.command,
             self.retry_failed,
         )
+
+    def run(self, isolate: bool) -> Record | None:
+        """The cell's record when nothing is left to do; None while another process holds the cell."""
+        try:
+            if isolate:
+                record = self.settled()
+            else:
+                with store.lease(self.folder):
+                    record = self._settled()
+                    if record is None:
+                        record = self._fill_here()
+                        self._tell(record)
+                        return record
+        except store.Leased:
+            return None
+        if record is not None:
+            self.progress.begin(f"{self.cell}: done before", self.units)
+            self.progress.end()
+            return record
         before = self.progress.position
         label = str(self.cell)
-        last, stage, status = watch(job, 60 * grid.time_limit, lambda event: self.progress.show(label, event))
+        ending = watch(
+            self.job.line(),
+            60 * self.setting.grid.time_limit,
+            lambda event: self.progress.show(label, event),
+        )
+        if "leased" not in ending.last:
+            self.progress.settle(before + self.units)
+        return self.conclude(ending)
+
+    def settled(self) -> Record | None:
+        """The record of a cell that needs no work; raises store.Leased while another process holds it."""
+        with store.lease(self.folder):
+            return self._settled()
+
+    def _settled(self) -> Record | None:
+        return settled(self.folder, self.model, self.retry_failed, self.progress.say)
+
+    def _fill_here(self) -> Record:
+        steps = Steps(lambda event: self.progress.show(str(self.cell), event))
+        return CellRun(self.cell, self.model, self.setting, self.folder, steps).run(self.retry_failed)
+
+    def conclude(self, ending: Ending, place: str = "", failure: Record | None = None) -> Record | None:
+        """The cell's record once a process has been at it; None where another process holds the cell, or what
+        another machine wrote is yet to be seen here.
+
+        How the process ended is put on record where it could not itself: `failure`, or what `ending` says.
+        place: the node that it ran on, for messages; empty: this machine.
+
+        Raises UserError where no cell of this run can go on.
+        """
+        last = ending.last
         if "leased" in last:
             return None
         if "refused" in last:
-            raise UserError(last["refused"])
+            raise UserError(f"{place}: {last['refused']}" if place else last["refused"])
         if "changed" in last:
-            raise UserError(
-                f"{label}: code, versions or data have changed since this run began: give the command again"
-            )
-        self.progress.settle(before + self._units)
+            raise UserError(f"{self.cell}: {self._change(last['changed'], place)}")
         try:
             with store.lease(self.folder):
+                if place:
+                    store.refresh(self.folder)
                 record = store.read_record(self.folder, self.progress.say)
+                if place and record is None and "settled" in last:
+                    return None  # not to be seen from here yet
                 if "settled" not in last or record is None:
-                    record = self._record_death(record, stage, status, environment.oom_kills() > kills)
+                    record = self._record_death(record, ending, failure)
         except store.Leased:  # taken up by another run since
             return None
         self._tell(record)
         return record
 
-    def _record_death(self, record: Record | None, stage: str, status: int | None, killed: bool) -> Record:
+    def _change(self, machine: Record, place: str) -> str:
+        """Why a process that finds `machine` computes another cell than this one."""
+        ours = self.setting.machine
+        differing = [name for name in machine if ours is not None and machine[name] != ours[name]]
+        if ours is None or not differing:
+            return "code, versions or data have changed since this run began: give the command again"
+        name = differing[0]
+        return (
+            f"{place} has {name} {machine[name]}, where this run began it is {ours[name]}: "
+            "the cells of a run need nodes of one kind"
+        )
+
+    def _record_death(self, record: Record | None, ending: Ending, failure: Record | None) -> Record:
         record = record or new_record(identity(self.cell, self.model, self.setting), self.model, self.setting)
-        output = store.tail(self.folder / store.OUTPUT)
-        record |= {"status": "failed", "failure": death(stage, status, self.setting.grid, killed, output)}
+        if failure is None:
+            output = store.tail(self.folder / store.OUTPUT)
+            failure = death(ending.stage, ending.status, self.setting.grid, ending.oom, output)
+        record |= {"status": "failed", "failure": failure}
         record["measured"]["finished"] = store.now()
         store.write_record(self.folder, record)
-        store.note(self.folder, "died", stage=stage, kind=record["failure"]["kind"])
+        store.note(self.folder, "died", stage=ending.stage, kind=failure["kind"])
         return record
 
     def _tell(self, record: Record) -> None:
@@ -195,54 +242,6 @@ class _Work:
             refused = record["failure"] and record["failure"]["kind"] == "not_applicable"
             state = "not applicable" if refused else record["status"]
             self.progress.say(f"{self.cell}: {state}: {reasons}")
-
-
-def watch(job: Job, seconds: float, show: Callable[[Event], None]) -> tuple[Event, str, int | None]:
-    """Run a worker to its end; `show` is given its events.
-
-    Returns its last event, the step it was at, and its exit status (negative: the signal that killed it;
-    None: it was killed here, for taking longer than `seconds`).
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-m", "harness.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**ALLOCATOR, **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        start_new_session=True,  # an interrupt from the keyboard is this process's to handle
-    )
-    last: Event = {}
-    stage, buffer, deadline = "start", b"", time.monotonic() + seconds
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            process.stdin.write(job.line())
-            process.stdin.flush()
-            while True:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return last, stage, None
-                if not selector.select(min(left, _POLL_SECONDS)):
-                    # A process that it has forked may keep the pipe open after its death.
-                    if process.poll() is not None:
-                        return last, stage, process.returncode
-                    continue
-                data = os.read(process.stdout.fileno(), 65536)
-                if not data:
-                    return last, stage, process.wait()
-                *lines, buffer = (buffer + data).split(b"\n")
-                for line in lines:
-                    last = json.loads(line)
-                    stage = last.get("begin", stage)
-                    show(last)
-    except BrokenPipeError:
-        return last, stage, process.wait()
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # with whatever it has started
-        process.wait()
-        process.stdin.close()
-        process.stdout.close()
 
 
 def death(stage: str, status: int | None, grid: GridConfig, oom: bool, output: str) -> Record:

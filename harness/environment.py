@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import os
 import platform
 import re
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +32,8 @@ _PRESENTATION = {
         *("compare", "costs"),
         *("stats", "inference", "evidence", "fidelity"),
         *("gate", "baseline", "movement", "judgement", "recording", "trial"),
-        *("grid", "engine", "worker", "store", "progress", "cell_lm", "lm_eval", "lm_eval_results"),
+        *("grid", "engine", "ray_engine", "watch", "worker", "store", "progress"),
+        *("cell_lm", "lm_eval", "lm_eval_results"),
         *("choose", "equal_bits", "parity", "parity_report", "agreement", "side_by_side", "odd_models"),
         *("speed", "speed_bench", "speed_matrix", "speed_passes", "speed_report", "speed_shapes"),
         *("speed_shares", "speed_targets", "speed_work", "power", "markdown", "cell_speed", "neighbours"),
@@ -62,19 +65,6 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def platform_name() -> str:
     return platform.platform(terse=True)
-
-
-def oom_kills() -> int:
-    """How often the kernel has killed for memory in this control group so far; 0 where it does not say."""
-    for file, field in (("memory.events", "oom_kill"), ("memory/memory.oom_control", "oom_kill")):
-        try:
-            for line in (Path("/sys/fs/cgroup") / file).read_text().splitlines():
-                name, _, count = line.partition(" ")
-                if name == field:
-                    return int(count)
-        except (OSError, ValueError):
-            continue
-    return 0
 
 
 @cache
@@ -152,6 +142,22 @@ def plugin_digest(cls: type) -> str | None:
     return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()[:16]
 
 
+def main(argv: list[str]) -> int:
+    """`python -m harness.environment DEVICE [THREADS]`: what `describe` says, as JSON, for others."""
+    from methods.device import parse_device
+    from methods.errors import UserError
+
+    try:
+        device = parse_device(argv[0])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if len(argv) > 1:
+        torch.set_num_threads(int(argv[1]))
+    print(json.dumps(describe(device)))
+    return 0
+
+
 class PeakMemory:
     """Highest memory in bytes while the context is open: resident memory of the whole process, sampled at
     20 Hz, and on a GPU what torch has allocated there."""
@@ -200,3 +206,7 @@ class PeakMemory:
     ) -> None:
         self._stop.set()
         self._thread.join()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,11 @@ from methods.errors import UserError
 
 if TYPE_CHECKING:
     from harness.config import GridConfig
+    from harness.ray_engine import Cluster
 
 _HERE = Path(__file__).resolve().parent
+_CONDUCT = ("time_limit", "gpus")
+"""Fields of a grid that say how it runs, and not what comes out."""
 
 
 def quick_grid() -> Path:
@@ -66,6 +70,20 @@ def parser() -> argparse.ArgumentParser:
         "--time-limit", type=float, metavar="MINUTES", help="give a cell up as hanging after so long"
     )
     result.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="local (default): cells one by one on this machine; ray: side by side, on a cluster too",
+    )
+    result.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="with --engine ray: the cluster's head, or auto (default: RAY_ADDRESS, or this machine alone)",
+    )
+    result.add_argument(
+        "--gpus", type=int, metavar="N", help="with --engine ray: hold N GPUs at a time at most, one a cell"
+    )
+    result.add_argument(
         "--in-process",
         action="store_true",
         help="run cells in this process, for a debugger: a crash or a hang then ends the run",
@@ -90,6 +108,7 @@ def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
         "dtype",
         "threads",
         "time_limit",
+        "gpus",
     )
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if "limit" in given:
@@ -102,7 +121,7 @@ def run_name(grid: GridConfig, overridden: bool) -> str:
     so that a trial never replaces the report of the grid file itself."""
     if not overridden:
         return grid.name
-    content = grid.model_dump_json(exclude={"time_limit"})
+    content = grid.model_dump_json(exclude=set(_CONDUCT))
     return f"{grid.name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
@@ -123,15 +142,17 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     from harness.engine import run_grid
     from harness.records import Cell
 
-    out = arguments.out or Path("results") / run_name(grid, bool(given.keys() - {"time_limit"}))
-    records = run_grid(
-        grid,
-        out,
-        command=command,
-        retry_failed=arguments.retry_failed,
-        quiet=arguments.quiet,
-        isolate=not arguments.in_process,
-    )
+    out = arguments.out or Path("results") / run_name(grid, bool(given.keys() - set(_CONDUCT)))
+    with cluster_of(arguments, grid, out) as cluster:
+        records = run_grid(
+            grid,
+            out,
+            command=command,
+            retry_failed=arguments.retry_failed,
+            quiet=arguments.quiet,
+            isolate=not arguments.in_process,
+            cluster=cluster,
+        )
     print(report.headline(records))
     tasks = list(dict.fromkeys(name for record in records for name in record["tasks"]))
     manifest = {
@@ -144,6 +165,21 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     if failed:
         print(f"{failed} of {len(records)} cells are incomplete; the report lists why", file=sys.stderr)
     return 1 if failed else 0
+
+
+def cluster_of(
+    arguments: argparse.Namespace, grid: GridConfig, out: Path
+) -> AbstractContextManager[Cluster | None]:
+    """Where the cells run; None: here. UserError for options that do not go together."""
+    if arguments.engine == "local":
+        if grid.gpus is not None or arguments.address is not None:
+            raise UserError(f"{'gpus' if grid.gpus is not None else '--address'} needs --engine ray")
+        return nullcontext()
+    if arguments.in_process:
+        raise UserError("--in-process runs cells in this process, --engine ray elsewhere: give one of them")
+    from harness import ray_engine
+
+    return ray_engine.connected(arguments.address, grid, out)
 
 
 def silence_libraries() -> None:

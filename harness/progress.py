@@ -80,6 +80,11 @@ class Progress:
         self._bar.refresh()
         self._step = self._inside = 0.0
 
+    def reach(self, position: float, label: str) -> None:
+        """Show where several cells are that run side by side; shown twice a second at most."""
+        self._bar.set_description_str(label, refresh=False)
+        self._bar.update(position - self._bar.n)
+
     def wait(self, label: str) -> None:
         self._bar.set_description_str(label)
 

@@ -59,8 +59,10 @@ def identity(
     settings: CellSettings,
     calibration: Calibration,
     device: torch.device,
+    machine: Record,
 ) -> Record:
-    """Everything that can change a cell's numbers, tasks aside: those carry keys of their own."""
+    """Everything that can change a cell's numbers, tasks aside: those carry keys of their own. machine: what
+    it runs on, as `environment.describe` says there."""
     pipeline = cell.pipeline
     samples, length = pipeline.calibration_shape(settings.calibration.samples, settings.calibration.length)
     calibrated = pipeline.calibrates(Bits.parse(cell.bits), settings.quantiser)
@@ -74,7 +76,7 @@ def identity(
         "calibration": {**calibration.about, "samples": samples, "length": length} if calibrated else None,
         "dtype": settings.dtype,
         "batch_size": settings.batch_size if device.type != "cpu" else None,
-        "environment": environment.describe(device),
+        "environment": machine,
     }
 
 

@@ -66,6 +66,14 @@ def lease(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def refresh(folder: Path) -> None:
+    """See what other machines have written in a folder. A client of NFS remembers for a while that a file was
+    not there; a change that it makes itself has it ask again."""
+    probe = folder / f".{os.uname().nodename}-{os.getpid()}-{time.monotonic_ns()}.partial"
+    probe.touch()
+    probe.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +155,7 @@ def _damage(folder: Path, task: Record) -> str:
 
 def note(folder: Path, event: str, **facts: Any) -> None:
     """Append an event to a cell's history, in one write."""
-    line = {"time": now(), "pid": os.getpid(), "event": event, **facts}
+    line = {"time": now(), "host": os.uname().nodename, "pid": os.getpid(), "event": event, **facts}
     with (folder / HISTORY).open("ab") as stream:
         stream.write(json.dumps(line).encode() + b"\n")
 

@@ -46,7 +46,8 @@ def end_with_parent() -> None:
 
 def fill(job: Job, events: TextIO) -> None:
     """Fill the cell; the last event is {"settled": true}, {"leased": true}, {"refused": reason} or
-    {"changed": true} where the cell's address is another than the job's."""
+    {"changed": this machine} where the cell's address is another than the job's."""
+    from harness import environment
     from harness.cell import CellRun, digest, identity, open_model, open_setting, settled
     from harness.config import CellSpec, GridConfig
     from harness.progress import Steps
@@ -71,7 +72,7 @@ def fill(job: Job, events: TextIO) -> None:
         send({"refused": str(error)})
         return
     if digest(identity(cell, model, setting)) != job.cell_id:
-        send({"changed": True})
+        send({"changed": environment.describe(setting.device)})
         return
     folder = Path(job.out) / job.cell_id
     try:

@@ -21,7 +21,7 @@ import pytest
 
 from harness import store
 from harness.config import GridConfig, cells_of
-from harness.engine import watch
+from harness.watch import Ending, watch
 from harness.worker import Job
 from methods import assets
 from tests.harness.small_grid import contents, save_model, tasks_done, write_grid
@@ -272,7 +272,7 @@ def test_two_commands_fill_one_store(model: str, tmp_path: Path, environment: di
     cell, cell_id = cells_of(GridConfig.model_validate(manifest["grid"]))[0], manifest["cells"][0]
     history = (out / cell_id / store.HISTORY).read_bytes()
     job = Job(manifest["grid"], dataclasses.asdict(cell), cell_id, str(out), "late", False)
-    assert watch(job, 300, lambda event: None) == ({"settled": True}, "start", 0)
+    assert watch(job.line(), 300, lambda event: None) == Ending({"settled": True}, "start", 0)
     assert (out / cell_id / store.HISTORY).read_bytes() == history
 
 
