@@ -115,6 +115,8 @@ def _float_row(model: Model) -> Row | None:
 
 def _others(model: Model) -> list[list[str]]:
     lines: list[list[str]] = []
+    if not model.perplexities:
+        return lines
     for row, reference in _pairs(model):
         ours = _moved(model, row, reference)
         for paper, found in _tables("perplexity"):

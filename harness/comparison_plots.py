@@ -219,7 +219,9 @@ def _luminance(colour: str) -> float:
 
 
 def _wide_axis(axes: Axes, values: Sequence[float]) -> None:
-    """A log axis across, with round numbers on it."""
+    """A log axis across, with round numbers on it; of nothing, the axis as it is."""
+    if not values:
+        return
     low, high = min(values), max(values)
     margin = (high / low) ** 0.12 * 1.1
     axes.set_xscale("log")

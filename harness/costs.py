@@ -5,7 +5,7 @@ All of it was measured on one machine and varies; it stands in a record's "measu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ MEASURED = """\
 As measured on the machine of the settings: mean over seeds, of memory the largest. Tokens: of the \
 calibration text that transforms and rounding read, and, where something was learned, those that the \
 learner was shown in all. Energy stands here where a GPU's driver reported it: what the whole GPU took \
-from the beginning of the cell to its end, loading and scoring included."""
+in the attempt that ended the cell, loading and scoring included; not in it is what came from disk."""
 LEARNED = """\
 Of the run that learned, on its device: of the quickest seed, of memory the largest; cells of other \
 bit-widths and later runs take it from disk. Capture: passing the calibration text for a sample. Start: \
@@ -140,13 +140,17 @@ def calibration_tokens(cell: Cell) -> int:
 
 
 def learned_tokens(cell: Cell) -> int:
-    """Tokens that learners and tuning were shown in all, the same one counted as often as it was; 0
-    without."""
-    seen = 0
-    for facts in ((cell.record.get("diagnostics") or {}).get("learned") or {}).values():
-        for about in (facts.get("tokens") or {}, (facts.get("tuning") or {}).get("tokens") or {}):
-            seen += int(about.get("seen") or about.get("passed") or 0)
-    return seen
+    """Tokens that learners and tuning were shown in all, the same one counted as often as it was, whatever
+    their stages are called; 0 without. A learner that only reads calibration text notes a number, not
+    {"seen"} or {"passed"}: calibration_tokens has it."""
+    return _shown((cell.record.get("diagnostics") or {}).get("learned") or {})
+
+
+def _shown(facts: Mapping[str, Any]) -> int:
+    tokens = facts.get("tokens")
+    seen = int(tokens.get("seen") or tokens.get("passed") or 0) if isinstance(tokens, Mapping) else 0
+    stages = (part for name, part in facts.items() if name != "tokens" and isinstance(part, Mapping))
+    return seen + sum(map(_shown, stages))
 
 
 def _speed_section(models: Sequence[Model]) -> list[str]:

@@ -33,7 +33,7 @@ _PRESENTATION = {
         *("stats", "inference", "evidence", "fidelity"),
         *("gate", "baseline", "movement", "judgement", "recording", "trial"),
         *("grid", "engine", "ray_engine", "watch", "worker", "store", "progress"),
-        *("cell_lm", "lm_eval", "lm_eval_results"),
+        "lm_eval",
         *("choose", "equal_bits", "parity", "parity_report", "agreement", "side_by_side", "odd_models"),
         *("speed", "speed_bench", "speed_matrix", "speed_passes", "speed_report", "speed_shapes"),
         *("speed_shares", "speed_targets", "speed_work", "power", "markdown", "cell_speed", "neighbours"),

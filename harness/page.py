@@ -77,7 +77,7 @@ class _Body:
         elif block.startswith("```"):
             code = block.partition("\n")[2].removesuffix("```").rstrip("\n")
             self.parts.append(f'<pre tabindex="0"><code>{html.escape(code)}</code></pre>\n')
-        elif block.startswith("|"):
+        elif re.match(r"\|.*\n\|[:|-]+\|(\n|$)", block):
             self._table(block.splitlines())
         elif block.startswith("- "):
             items = "".join(f"<li>{_inline(line.removeprefix('- '))}</li>" for line in block.splitlines())
@@ -176,7 +176,7 @@ def _units(text: str) -> list[str]:
             found[-1] += f"\n\n{block}"
         elif block.strip():
             found.append(block.strip("\n"))
-        fenced ^= block.count("```") % 2 == 1
+        fenced ^= len(re.findall(r"(?m)^```", block)) % 2 == 1
     return found
 
 
@@ -196,7 +196,9 @@ def _inline(text: str) -> str:
             parts.append(f"<strong>{_inline(strong)}</strong>")
         elif emphasis is not None:
             parts.append(f"<em>{_inline(emphasis)}</em>")
-        else:
+        elif re.fullmatch(r"https?://.+|[#\w./-]+", address):
             parts.append(f'<a href="{html.escape(address, quote=True)}">{_inline(words)}</a>')
+        else:  # the text of a record, not of a report
+            parts.append(html.escape(found.group(), quote=False))
         place = found.end()
     return "".join([*parts, html.escape(text[place:], quote=False)]).replace("\\|", "|")

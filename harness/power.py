@@ -49,9 +49,16 @@ def used(device: torch.device) -> Iterator[Callable[[], dict[str, Any]]]:
     if found is None:
         yield dict
         return
-    begin = found.read()
+
+    def energy() -> dict[str, Any]:
+        try:
+            return {"joules": found.read() - begin, "energy_source": found.source}
+        except Exception:  # noqa: BLE001 - a driver that stops telling costs the cell nothing
+            return {}
+
     try:
-        yield lambda: {"joules": found.read() - begin, "energy_source": found.source}
+        begin = found.read()
+        yield energy
     finally:
         found.close()
 

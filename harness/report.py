@@ -130,9 +130,9 @@ def _write(folder: Path, out: Path, manifest: dict[str, Any] | None) -> Path:
     text += _failures_section(run)
     text += cost_section(run, named, figures)
     text += again_section(run, name)
-    store.write_text(out / "report.html", page(f"quantgrid: {name}", text, out))
     path = out / "report.md"
     store.write_text(path, "\n\n".join(text) + "\n")
+    store.write_text(out / "report.html", page(f"quantgrid: {name}", text, out))
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,8 +36,9 @@ def grid_section(run: Run) -> list[str]:
 
 
 def grid_text(grid: Any) -> str:
-    """A grid as a YAML file."""
-    return yaml.safe_dump(json.loads(json.dumps(grid)), sort_keys=False, allow_unicode=True, width=100)
+    """A grid as a YAML file, without what only says how its cells are shared out."""
+    kept = {name: value for name, value in json.loads(json.dumps(grid)).items() if name != "gpus"}
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=100)
 
 
 def again_section(run: Run, name: str) -> list[str]:
@@ -52,11 +54,11 @@ def again_section(run: Run, name: str) -> list[str]:
     if run.grid is not None:
         stem = str(run.grid.get("name") or name)
         lines.append(f"# the grid in full, from the settings above, as {stem}.yaml")
-        lines.append(f".venv/bin/python -m harness.grid {stem}.yaml --out results/{name}")
+        lines.append(f".venv/bin/python -m harness.grid {stem}.yaml --out {shlex.quote(f'results/{name}')}")
     else:
         notes.append(NO_GRID)
         lines += [f".venv/bin/{command}" for command in commands]
-    lines.append(f".venv/bin/python -m harness.report results/{name}")
+    lines.append(f".venv/bin/python -m harness.report {shlex.quote(f'results/{name}')}")
     said = f"Its own command was `{commands[0]}`." if len(commands) == 1 else ""
     text = ["## Reproduce this", f"```sh\n{chr(10).join(lines)}\n```", AGAIN, *notes, said]
     return [part for part in text if part]

@@ -189,3 +189,17 @@ def test_markdown_of_reports_becomes_what_it_means(tmp_path: Path) -> None:
     assert '<p><code>a*b*</code> <strong>bold</strong> <em>so</em> <a href="#y">x</a> 2 * 3</p>' in text
     assert '<pre tabindex="0"><code>a: &lt;1&gt;\n\n# no heading</code></pre>' in text
     assert "<title>t &lt;&gt;</title>" in text
+
+
+def test_text_of_records_is_only_text(tmp_path: Path) -> None:
+    """A model's name or a failure's last line with what would be Markdown."""
+    blocks = [
+        "| last output |\n|:--|\n| ends in ``` |",
+        "after",
+        "| no table: a name",
+        "[x](javascript:alert(1)) and [y](data:text/html,z)",
+    ]
+    text = page.page("t", blocks, tmp_path)
+    assert "<p>after</p>" in text and "<p>| no table: a name</p>" in text
+    assert '<a href="javascript' not in text and '<a href="data' not in text
+    assert "[x](javascript:alert(1)" in text

@@ -168,6 +168,11 @@ def test_the_cost_table_has_tokens_and_energy(run: Path, text: str, tmp_path: Pa
     cost = table(text_of(tmp_path), "## Cost")[0]
     assert cost["learning (tokens)"] == "5,096"
     assert "energy (J)" not in cost, "no driver told"
+    # A learner that only reads notes a number; another's stages have tokens each.
+    stages = {"local": {"tokens": {"seen": 7}}, "student": {"tokens": {"seen": 30}}}
+    facts = {"sensiboost": {"tokens": 999}, "fptquant": stages}
+    edit(learned, lambda record: record["diagnostics"].update(learned=facts))
+    assert table(text_of(tmp_path), "## Cost")[0]["learning (tokens)"] == "37"
 
 
 def test_the_heat_map_holds_the_differences_of_the_tables(run: Path, text: str) -> None:
@@ -255,13 +260,13 @@ def commands_of(text: str) -> list[str]:
 @pytest.mark.parametrize("name", ["quick", "full", "int4", "quad"])
 def test_the_grid_in_a_report_is_the_grid_that_ran(root: Path, tmp_path: Path, name: str) -> None:
     """What the report prints, saved as a file, is read back as the same grid, command line included."""
-    grid = load_grid(root / "grids" / f"{name}.yaml", {"seeds": 3, "time_limit": 7.5})
+    grid = load_grid(root / "grids" / f"{name}.yaml", {"seeds": 3, "time_limit": 7.5, "gpus": 2})
     cell = write_cell(tmp_path / "run", "float", "w16a16")
     manifest = {"cells": [cell.name], "grid": grid.model_dump(mode="json")}
     (tmp_path / "run" / "run.json").write_text(json.dumps(manifest))
     saved = tmp_path / "saved.yaml"
     saved.write_text(grid_of(text_of(tmp_path / "run")))
-    assert load_grid(saved, {}) == grid
+    assert load_grid(saved, {}) == grid.model_copy(update={"gpus": None}), "which needs a cluster"
 
 
 def test_commands_to_make_it_again(tmp_path: Path, text: str) -> None:
@@ -299,3 +304,11 @@ def test_figures_are_drawn_where_there_is_something_to_draw(tmp_path: Path) -> N
     names: Sequence[str] = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert names == [f"{STEM}-bits.svg"]
     assert "What accuracy costs" not in said and "heat" not in said
+
+
+def test_a_score_that_no_row_has_leaves_its_panel_empty(tmp_path: Path) -> None:
+    """Both quantised rows have seconds, and neither a mean accuracy."""
+    write_cell(tmp_path, "float", "w16a16")
+    for row in ("rtn", "gptq"):
+        edit(write_cell(tmp_path, row, "w4a16"), lambda record: record["tasks"].pop("mmlu_local"))
+    assert "## Cost" in text_of(tmp_path)
