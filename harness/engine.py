@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import store
+from harness import lm_eval_results, store
 from harness.cell import (
     CellRun,
     Model,
@@ -232,6 +232,7 @@ class Work:
         record |= {"status": "failed", "failure": failure}
         record["measured"]["finished"] = store.now()
         store.write_record(self.folder, record)
+        lm_eval_results.write(self.folder, record)
         store.note(self.folder, "died", stage=ending.stage, kind=failure["kind"])
         return record
 

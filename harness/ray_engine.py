@@ -362,10 +362,17 @@ def _claim(out: Path) -> Iterator[Path]:
     """A file in the store whose lock this process holds while the context is open."""
     out.mkdir(parents=True, exist_ok=True)
     path = out.resolve() / f".{socket.gethostname()}-{os.getpid()}-{time.time_ns()}.claim"
+    lock = FileLock(path)
     try:
-        with FileLock(path, timeout=0):
-            yield path
+        lock.acquire(timeout=0)
+    except NotImplementedError as error:
+        from methods.errors import UserError
+
+        raise UserError(f"{out}: this file system has no file locks; give another --out") from error
+    try:
+        yield path
     finally:
+        lock.release()
         path.unlink(missing_ok=True)
 
 
