@@ -25,6 +25,7 @@ _OPTIONS = ("batch_size", "max_batch_size", "device")  # those that lm-eval hand
 
 def main(argv: list[str] | None = None) -> int:
     """Run lm-eval's command line; 2 after a mistake, which is told in one line."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     given = sys.argv[1:] if argv is None else argv
     before = sys.argv
     try:
@@ -95,5 +96,4 @@ def _mistake(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run_command(main)

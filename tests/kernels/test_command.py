@@ -11,7 +11,7 @@ import pytest
 
 from kernels.command import UNREAD
 
-PROTOCOLS = {"harness/worker.py", "harness/trial.py"}
+PROTOCOLS = {"harness/worker.py", "harness/trial.py", "harness/environment.py"}
 """Processes that this project starts for itself."""
 
 # Catches what a careful command catches, and prints more than a buffer holds.
