@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -407,4 +408,4 @@ def test_no_panel_of_the_figure_cuts_a_speed_off(monkeypatch: pytest.MonkeyPatch
     speed_report.plot({"results": rows}, io.StringIO())
     for axes in drawn[0].axes:
         low, high = axes.get_ylim()
-        assert low == 0 and all(max(map(float, line.get_ydata())) < high for line in axes.get_lines())
+        assert low == 0 and all(float(np.max(line.get_ydata())) < high for line in axes.get_lines())
