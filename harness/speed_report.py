@@ -286,11 +286,11 @@ def plot(record: Row, stream: TextIO) -> None:
                 if own:
                     axes.plot(*zip(*own, strict=True), marker="o", color=colour, label=form, linewidth=1.4)
             axes.set_xscale("log", base=2)
-            axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
             axes.set_title(f"{shape}, batch {batch}", fontsize=9)
             axes.set_xlabel("context (tokens)", fontsize=8)
         line[0].set_ylabel("decoding, x bf16", fontsize=8)
+    panels[0][0].set_ylim(bottom=0)  # of all panels; sooner, the first one's top would be that of all
     handles, labels = panels[0][0].get_legend_handles_labels()
     if handles:
         figure.legend(
