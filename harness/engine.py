@@ -119,6 +119,10 @@ class Work:
     out: Path
     progress: Progress
     retry_failed: bool
+    _before: int | None = None
+    """How many events the cell's history had when this run first looked at it."""
+    _owed: tuple[Ending, str, Record | None] | None = None
+    """What `conclude` was given while another process held the cell, to be put on record once none does."""
 
     @property
     def folder(self) -> Path:
@@ -143,6 +147,7 @@ class Work:
 
     def run(self, isolate: bool) -> Record | None:
         """The cell's record when nothing is left to do; None while another process holds the cell."""
+        owed = self._owed is not None
         try:
             if isolate:
                 record = self.settled()
@@ -156,8 +161,9 @@ class Work:
         except store.Leased:
             return None
         if record is not None:
-            self.progress.begin(f"{self.cell}: done before", self.units)
-            self.progress.end()
+            if not owed:
+                self.progress.begin(f"{self.cell}: done before", self.units)
+                self.progress.end()
             return record
         before = self.progress.position
         label = str(self.cell)
@@ -176,7 +182,21 @@ class Work:
             return self._settled()
 
     def _settled(self) -> Record | None:
-        return settled(self.folder, self.model, self.retry_failed, self.progress.say)
+        """The caller holds the lease."""
+        if self._before is None:
+            self._before = len(store.read_history(self.folder))
+        owed, self._owed = self._owed, None
+        if owed is not None and (record := self._put_on_record(*owed)) is not None:
+            self._tell(record)
+            return record
+        retry = self.retry_failed and not self._tried()
+        return settled(self.folder, self.model, retry, self.progress.say)
+
+    def _tried(self) -> bool:
+        """Whether a process of this run or of another has come to its end with the cell, or its failure was
+        put on record, since this run first looked."""
+        events = store.read_history(self.folder)[self._before or 0 :]
+        return any(event["event"] in ("finished", "died") for event in events)
 
     def _fill_here(self) -> Record:
         steps = Steps(lambda event: self.progress.show(str(self.cell), event))
@@ -186,8 +206,10 @@ class Work:
         """The cell's record once a process has been at it; None where another process holds the cell, or what
         another machine wrote is yet to be seen here.
 
-        How the process ended is put on record where it could not itself: `failure`, or what `ending` says.
-        place: the node that it ran on, for messages; empty: this machine.
+        How the process ended is put on record where it could not itself: `failure`, or what `ending` says;
+        where another process holds the cell just then, by the next call of `run` or `settled` that finds it
+        free, unless that process has filled it. place: the node that it ran on, for messages; empty: this
+        machine.
 
         Raises UserError where no cell of this run can go on.
         """
@@ -200,17 +222,26 @@ class Work:
             raise UserError(f"{self.cell}: {self._change(last['changed'], place)}")
         try:
             with store.lease(self.folder):
-                if place:
-                    store.refresh(self.folder)
-                record = store.read_record(self.folder, self.progress.say)
-                if place and record is None and "settled" in last:
-                    return None  # not to be seen from here yet
-                if "settled" not in last or record is None:
-                    record = self._record_death(record, ending, failure)
-        except store.Leased:  # taken up by another run since
+                record = self._put_on_record(ending, place, failure)
+        except store.Leased:  # by another run, or by a process that is not quite dead
+            self._owed = ending, place, failure
             return None
-        self._tell(record)
+        if record is not None:
+            self._tell(record)
         return record
+
+    def _put_on_record(self, ending: Ending, place: str, failure: Record | None) -> Record | None:
+        """The cell's record after an attempt that ended so. The caller holds the lease."""
+        if place:
+            store.refresh(self.folder)
+        record = store.read_record(self.folder, self.progress.say)
+        if "settled" in ending.last and (record is not None or place):
+            return record  # None: not to be seen from here yet
+        if self._tried():  # by another run, between this attempt and now
+            found = settled(self.folder, self.model, False, self.progress.say)
+            if found is not None:
+                return found
+        return self._record_death(record, ending, failure)
 
     def _change(self, machine: Record, place: str) -> str:
         """Why a process that finds `machine` computes another cell than this one."""

@@ -264,8 +264,6 @@ class _Filling:
 
     def _listen(self) -> None:
         """Take the next event of any cell, for which it waits a second at the most."""
-        from methods.errors import UserError
-
         if not self.running:
             time.sleep(watch.POLL_SECONDS if self.held else 0)
             return
@@ -275,8 +273,9 @@ class _Filling:
             run = self.running[stream]
             try:
                 event = ray.get(next(stream))
-            except ray.exceptions.RayTaskError as error:
-                raise UserError(f"{run.work.cell}: {run.place}: {_line(error.cause or error)}") from error
+            except ray.exceptions.RayTaskError as error:  # the cell's process could not be run there
+                cause = error.cause or error
+                self._fail(stream, type(cause).__name__, f"{run.place}: {_line(cause)}")
             except ray.exceptions.OutOfMemoryError:  # Ray watches a node's memory, too
                 self._end(stream, Ending({}, run.stage, -signal.SIGKILL, True))
             except ray.exceptions.RayError:
@@ -299,20 +298,19 @@ class _Filling:
         else:
             self._keep(run.work, record)
 
+    def _fail(self, stream: Any, kind: str, message: str) -> None:
+        """What no process of the cell could say itself goes on record."""
+        stage = self.running[stream].stage
+        failure = {"stage": stage, "kind": kind, "message": message, "trace": None, "output": None}
+        self._end(stream, Ending({}, stage, -signal.SIGKILL), failure)
+
     def _lose(self, stream: Any) -> None:
         """Its node, or Ray's process there, is no more."""
         run = self.running[stream]
         self.losses[run.work.cell_id] += 1
         if self.losses[run.work.cell_id] > 1:
-            message = f"its node was lost, and so was the one that it ran on again ({run.place})"
-            failure = {
-                "stage": run.stage,
-                "kind": "lost node",
-                "message": message,
-                "trace": None,
-                "output": None,
-            }
-            self._end(stream, Ending({}, run.stage, -signal.SIGKILL), failure)
+            again = f"its node was lost, and so was the one that it ran on again ({run.place})"
+            self._fail(stream, "lost node", again)
             return
         del self.running[stream]
         self.waiting.appendleft(run.work)

@@ -12,15 +12,16 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness import store
-from harness.config import GridConfig, cells_of
+from harness import engine, store
+from harness.config import GridConfig, cells_of, load_grid
 from harness.watch import Ending, watch
 from harness.worker import Job
 from methods import assets
@@ -203,6 +204,69 @@ def test_a_crash_is_kept_until_it_is_retried(model: str, tmp_path: Path, environ
     assert records(tmp_path / "out")["moody"] == before
     assert finish(start(grid, tmp_path / "out", environment, "--retry-failed"))[0] == 0
     assert records(tmp_path / "out")["moody"]["failure"] is None
+
+
+def _filled(
+    grid: Path, out: Path, attempt: Callable[[], Ending], monkeypatch: pytest.MonkeyPatch, retry: bool = False
+) -> dict[str, Any]:
+    """The record of a grid's one cell, whose process fares as `attempt` says, and which is attempted once."""
+    attempts = []
+
+    def watch(*arguments: Any) -> Ending:
+        attempts.append(arguments)
+        assert len(attempts) == 1
+        return attempt()
+
+    monkeypatch.setattr(engine, "watch", watch)
+    settings = load_grid(grid, {})
+    (record,) = engine.run_grid(settings, out, command="tests", quiet=True, retry_failed=retry)
+    assert attempts
+    return record
+
+
+def test_a_failure_is_recorded_though_the_cell_is_held_just_then(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a process that is not quite dead, say. Also where failures are to be retried: once is once."""
+    grid = write_grid(tmp_path / "grid.yaml", model, methods=["rtn"], tasks=["piqa_local"])
+    holders: list[threading.Thread] = []
+
+    def attempt() -> Ending:
+        held = threading.Event()
+
+        def hold() -> None:
+            (cell,) = (path for path in (tmp_path / "out").iterdir() if path.is_dir())
+            with store.lease(cell):
+                held.set()
+                time.sleep(1.5)
+
+        holders.append(threading.Thread(target=hold))
+        holders[-1].start()
+        assert held.wait(60)
+        return Ending({}, "quantise", -signal.SIGABRT)
+
+    for retry in (False, True):
+        record = _filled(grid, tmp_path / "out", attempt, monkeypatch, retry)
+        holders[-1].join()
+        assert (record["status"], record["failure"]["kind"]) == ("failed", "crash")
+        assert "SIGABRT" in record["failure"]["message"]
+        (kept,) = records(tmp_path / "out").values()
+        assert kept["failure"] == record["failure"]
+
+
+def test_a_failure_does_not_replace_what_another_command_has_made_since(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = write_grid(tmp_path / "grid.yaml", model, methods=["rtn"], tasks=["piqa_local"])
+
+    def attempt() -> Ending:
+        """Its process is killed, and before that is noticed the other command has filled the cell."""
+        engine.run_grid(load_grid(grid, {}), tmp_path / "out", command="other", quiet=True, isolate=False)
+        return Ending({}, "quantise", -signal.SIGKILL)
+
+    record = _filled(grid, tmp_path / "out", attempt, monkeypatch)
+    assert (record["status"], record["failure"]) == ("done", None)
+    assert record["measured"]["command"] == "other"
 
 
 def workers(parent: int) -> list[int]:
