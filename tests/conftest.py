@@ -41,8 +41,9 @@ def golden() -> Path:
 
 # Files that take longest, longest first.
 _LONG = (
-    *("test_planted.py", "test_lm.py", "test_gate.py", "test_isolation.py", "test_default_model.py"),
+    *("test_planted.py", "test_lm.py", "test_gate.py", "test_isolation.py", "test_ray_engine.py"),
     *(
+        "test_default_model.py",
         "test_grid.py",
         "test_parity.py",
         "test_batch_invariance.py",
