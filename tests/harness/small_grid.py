@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,9 @@ def write_grid(
 
 def contents(out: Path) -> dict[str, Any]:
     """Everything that two runs of one grid must agree in, to the byte: records but for their measured costs,
-    samples, the report up to its section of costs, and figures."""
+    samples, the report up to its section of costs, and all figures but those of that section, which are drawn
+    from what was measured: seconds, bytes held, tokens/s. Equal records give equal figures all the same
+    (test_report.py)."""
     found: dict[str, Any] = {}
     for path in sorted(out.glob(f"*/{store.RECORD}")):
         record = json.loads(path.read_text())
@@ -59,10 +62,11 @@ def contents(out: Path) -> dict[str, Any]:
         found[f"{path.parent.name}/{path.name}"] = json.dumps(record)
         for samples in sorted((path.parent / "samples").iterdir()):
             found[f"{path.parent.name}/{samples.name}"] = samples.read_bytes()
-    found["report"] = (out / "report.md").read_text().partition("## Cost")[0]
-    for figure in sorted((out / "figures").iterdir()):
-        found[figure.name] = figure.read_bytes()
-    return found
+    found["report"], _, costs = (out / "report.md").read_text().partition("\n## Cost\n")
+    measured = set(re.findall(r"\]\(figures/([^)]+)\)", costs))
+    figures = {path.name: path.read_bytes() for path in sorted((out / "figures").iterdir())}
+    assert costs and figures.keys() - measured
+    return found | {name: data for name, data in figures.items() if name not in measured}
 
 
 def tasks_done(out: Path) -> list[tuple[str, str, str]]:
