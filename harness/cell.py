@@ -124,6 +124,7 @@ def new_record(about: Record, model: Model, setting: Setting) -> Record:
             "replays_counted": True,
             "started": store.now(),
             "command": setting.command,
+            "corpus": setting.grid.calibration.corpus,  # a path as it was given; what was read is identified
             "commit": environment.commit(),
             "platform": environment.platform_name(),
         },

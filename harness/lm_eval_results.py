@@ -115,12 +115,13 @@ def model_args(record: Record, max_length: int | None) -> Record:
         "batch_size": record["batch_size"],
         "max_length": max_length,
     }
-    calibration = record["calibration"] or {}
-    arguments |= {
-        "calibration": calibration.get("name"),
-        "calibration.samples": calibration.get("samples"),
-        "calibration.length": calibration.get("length"),
-    }
+    if calibration := record["calibration"]:
+        arguments |= {
+            # An older record has of a text's path only the stem.
+            "calibration": record["measured"].get("corpus", calibration["name"]),
+            "calibration.samples": calibration["samples"],
+            "calibration.length": calibration["length"],
+        }
     plain = dataclasses.asdict(QuantiserSettings())
     changed = {key: value for key, value in record["quantiser"].items() if value != plain[key]}
     arguments |= {f"quantiser.{key}": value for key, value in changed.items()}

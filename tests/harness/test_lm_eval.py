@@ -50,10 +50,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def out(small: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a grid whose settings are none of the defaults."""
+    """A run of a grid whose settings are none of the defaults, the calibration text a file of the user's."""
     folder = tmp_path_factory.mktemp("grid")
     methods = ("float", "rtn", COMPOSED)
-    settings = write_grid(folder / "grid.yaml", small, methods=methods, tasks=TASKS, limit=4, **SETTINGS)
+    text = folder / "text.of.mine.txt"
+    text.write_text(
+        "\n\n".join(f"Paragraph {n} of the text, {n * n} words before its end." for n in range(99))
+    )
+    own = {**SETTINGS, "calibration": {"corpus": str(text), "samples": 4, "length": 32}}
+    settings = write_grid(folder / "grid.yaml", small, methods=methods, tasks=TASKS, limit=4, **own)
     run = folder / "out"
     assert grid.main([str(settings), "--out", str(run), "--quiet", "--in-process"]) == 0
     return run
