@@ -13,9 +13,9 @@ from harness.markdown import table
 from harness.published import Column as Theirs
 from harness.published import Paper, Table, change_text, papers
 from harness.published import Row as TheirRow
-from harness.records import Model, Row, mean_accuracy, overall
+from harness.records import Model, Row, flags_of, mean_accuracy, overall
 from harness.stats import Estimate
-from harness.tables import mean_accuracy_text, value_text
+from harness.tables import flag_notes, mean_accuracy_text, value_text
 
 SAME = """\
 The papers' own numbers of this model, not measured here, beside this run's: {ours}. Text, tasks, context \
@@ -42,6 +42,8 @@ def beside_section(model: Model) -> list[str]:
     if others:
         head = ["bits", "method", "against", "here (%)", "theirs (%)", "paper"]
         text += ["#### Other models: relative changes alone", table(head, others), OTHERS.format(ours=ours)]
+    said = "".join(line[place] for line in (*same, *others) for place in (1, 2))
+    text += flag_notes(model.record, said)
     return ["### Beside the papers", *text] if text else []
 
 
@@ -57,6 +59,11 @@ def _row_of(found: Table, row: Row) -> TheirRow | None:
     return next((theirs for theirs in found.rows if theirs.stands_for(row.bits, record["method"])), None)
 
 
+def _label(model: Model, row: Row) -> str:
+    """A row as the main table calls it, with its flags."""
+    return f"{row.label} {flags_of(model.record, row)}".strip()
+
+
 def _cited(paper: Paper, found: Table) -> str:
     return f"{paper.authors}, {found.source.table or found.id}"
 
@@ -65,7 +72,7 @@ def _cited(paper: Paper, found: Table) -> str:
 
 
 def _columns(found: Table, model: Model) -> Iterator[Theirs]:
-    return (column for column in found.models if column.is_(str(model.record["name"])))
+    return (column for column in found.models if column.is_(model.record))
 
 
 def _same(model: Model) -> list[list[str]]:
@@ -82,7 +89,7 @@ def _same(model: Model) -> list[list[str]]:
                 metric = found.protocol.metric
                 lines.append(
                     [
-                        *(row.bits, row.label, metric, *_here(model, row, metric)),
+                        *(row.bits, _label(model, row), metric, *_here(model, row, metric)),
                         *(printed, change_text(moved), _cited(paper, found)),
                     ]
                 )
@@ -126,12 +133,13 @@ def _others(model: Model) -> list[list[str]]:
             moved = [
                 (change, column.name)
                 for column in found.models
-                if not column.is_(str(model.record["name"]))
+                if not column.is_(model.record)
                 and math.isfinite(change := found.change(theirs, against, column.name))
             ]
             if moved:
                 cited = _cited(paper, found)
-                lines.append([row.bits, row.label, reference.label, ours, _between(moved), cited])
+                labels = (_label(model, row), _label(model, reference))
+                lines.append([row.bits, *labels, ours, _between(moved), cited])
     return lines
 
 

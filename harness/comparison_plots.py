@@ -30,12 +30,13 @@ EQUAL = 0.01
 
 @dataclass(frozen=True)
 class Point:
-    """A row in a cost panel. stderr NaN: unknown."""
+    """A row in a cost panel. stderr NaN: unknown; flags: those that tables mark the row with."""
 
     cost: float
     value: float
     stderr: float
     bits: str
+    flags: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def front(points: Sequence[Point], *, higher: bool, more: bool) -> list[Point]:
 
 def pareto_figure(path: Path, panels: Sequence[CostPanel], order: Sequence[str], columns: int) -> None:
     """Value against cost, a marker a row, `columns` panels a line; the line joins the rows that no other
-    beats in both, and these have their bit-width beside them. `order` as in `plots.bits_figure`."""
+    beats in both, and these have their bit-width beside them, flagged rows their flags. `order` as in
+    `plots.bits_figure`."""
     figure, axes_of = axes_grid(len(panels), columns=columns)
     for axes, panel in zip(axes_of, panels, strict=True):
         everything = [point for points in panel.points.values() for point in points]
@@ -129,12 +131,21 @@ def pareto_figure(path: Path, panels: Sequence[CostPanel], order: Sequence[str],
                 named.setdefault(point.value, []).append(point)
         for place, (value, points) in enumerate(named.items()):  # equal ones stand on each other
             axes.annotate(
-                ", ".join(dict.fromkeys(point.bits for point in points)),
+                ", ".join(dict.fromkeys(f"{point.bits} {point.flags}".strip() for point in points)),
                 (points[0].cost, value),
                 xytext=(5, -10 if place % 2 else 5),
                 textcoords="offset points",
                 fontsize=7,
             )
+        for point in everything:
+            if point.flags and point not in best:
+                axes.annotate(
+                    point.flags,
+                    (point.cost, point.value),
+                    xytext=(-10, -3),
+                    textcoords="offset points",
+                    fontsize=7,
+                )
         costs = [point.cost for point in everything]
         axes.margins(x=0.18)
         axes.set_xlabel(panel.across)

@@ -11,8 +11,9 @@ from harness import inference
 from harness.evidence import over, paired_rows
 from harness.markdown import plain, table
 from harness.published import papers
-from harness.records import Column, Model, Record, Row
+from harness.records import Column, Model, Record, Row, flags_of
 from harness.stats import Estimate
+from harness.tables import flag_notes
 from methods.errors import UserError
 from methods.registry import method_class
 
@@ -29,18 +30,22 @@ def gains_section(model: Model) -> list[str]:
     """Empty without a learned rotation beside what it can be compared with."""
     columns, lines = model.perplexities, []
     problems: dict[str, None] = {}
+    flags = ""
     for row, reference in _pairs(model):
         found = [_estimates(row, reference, column, problems) for column in columns]
         seeds = max(map(len, found), default=0)
         if seeds:
             said = _claimed(row, reference) if _plain(row) else "–"
             shown = [change_text(inference.over_seeds(each)) if each else "–" for each in found]
-            lines.append([row.bits, row.label, reference.label, seeds, *shown, said])
+            flags += flags_of(model.record, row)
+            label = f"{row.label} {flags_of(model.record, row)}".strip()
+            lines.append([row.bits, label, reference.label, seeds, *shown, said])
     if not lines:
         return []
     head = ["bits", "method", "against", "seeds", *(f"{column.title} (%)" for column in columns), "paper (%)"]
     lost = [f"Not compared: {'; '.join(plain(problem) for problem in problems)}."] if problems else []
-    return ["### Does learning the rotation pay?", table(head, lines), GAINS, *lost]
+    notes = flag_notes(model.record, flags)
+    return ["### Does learning the rotation pay?", table(head, lines), GAINS, *notes, *lost]
 
 
 def _claimed(row: Row, reference: Row) -> str:

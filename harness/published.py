@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from harness.markdown import table
 from harness.store import os_reason, write_text
 from methods.bits import Bits
+from methods.checkpoint import DEFAULT_MODEL
 from methods.errors import UserError
 from methods.method import Method
 from methods.registry import parse_method
@@ -30,6 +31,16 @@ What papers say of their methods and of others', on their models. **None of it w
 tables share a protocol, so compare within one table alone. Brackets behind a perplexity hold its change \
 over that table's float row in percent, behind an accuracy the change in points; `method` is how the row is \
 written here, where this project has it. A dash is a number that is not there or was not taken over."""
+PARAMETERS = {
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-2-13b-hf": 13_015_864_320,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "meta-llama/Meta-Llama-3-70B": 70_553_706_496,
+}
+"""Of the models of the tables, where they are known: folders bear any name."""
+_STORED_BESIDES = 1e-5
+"""Share of a checkpoint's numbers that may be no parameters, such as the frequencies of rotary embeddings."""
 Metric = Literal[
     "perplexity", "accuracy", "excess kurtosis", "change of perplexity (%)", "change of memory (%)"
 ]
@@ -98,13 +109,21 @@ class Column(_Strict):
     name: str = Field(min_length=1)
     hub: str | None
 
-    def is_(self, name: str) -> bool:
-        """Whether a model of a run, a hub id or the name of a folder, is this one."""
-        return self.hub is not None and _last(self.hub) == _last(name)
-
-
-def _last(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2].lower()
+    def is_(self, model: Mapping[str, Any]) -> bool:
+        """Whether the model of a cell's record is this one: it was opened by its hub id, or is the default
+        model, whose files are checked; or a folder or a file is called as it is there, has as many
+        parameters, and its weights were not rounded before."""
+        name = str(model["name"]).rstrip("/").lower()
+        if self.hub is None or name == self.hub.lower():
+            return self.hub is not None
+        path, hub = PurePath(name), PurePath(self.hub.lower())
+        if path.stem != hub.name if path.suffix == ".gguf" else path.name != hub.name:
+            return False
+        if name == DEFAULT_MODEL:
+            return True
+        known = PARAMETERS.get(self.hub)
+        near = known is not None and math.isclose(model["parameters"], known, rel_tol=_STORED_BESIDES)
+        return near and not model.get("pre_quantised")
 
 
 class Row(_Strict):

@@ -299,6 +299,11 @@ def weights_only(model: Record, row: Row) -> str:
     )
 
 
+def flags_of(model: Record, row: Row) -> str:
+    """Every flag of a row, where it stands alone."""
+    return weights_only(model, row) + unranked(model, row)
+
+
 def columns_of(cells: Sequence[Cell]) -> list[Column]:
     """A column for each task of these cells, perplexities first."""
     found: dict[str, Column] = {}

@@ -59,7 +59,7 @@ from harness.tables import (
     count_text,
     distinct,
     effective_bits,
-    flag_note,
+    flag_notes,
     mark,
     mean_accuracy_text,
     options_text,
@@ -131,8 +131,8 @@ def _write(folder: Path, out: Path, manifest: dict[str, Any] | None) -> Path:
     text += cost_section(run, named, figures)
     text += again_section(run, name)
     path = out / "report.md"
-    store.write_text(path, "\n\n".join(text) + "\n")
     store.write_text(out / "report.html", page(f"quantgrid: {name}", text, out))
+    store.write_text(path, "\n\n".join(text) + "\n")  # last: where it is new, so is all that it shows
     return path
 
 
@@ -224,7 +224,7 @@ def _main_table(model: Model, comparisons: Sequence[Comparison]) -> list[str]:
     )
     notes += [MARKS.format(model.columns[0].title)] if comparisons else []
     notes += [SEEDS] if model.several_seeds else []
-    notes += [flag_note(record, flag) for flag in "†‡§" if flag in flags]
+    notes += flag_notes(record, flags)
     return [table(head, lines), *notes]
 
 

@@ -32,6 +32,12 @@ def flag_note(model: Record, flag: str) -> str:
     )
 
 
+def flag_notes(model: Record, flags: Iterable[str]) -> list[str]:
+    """What the flags mean that occur, each in a line."""
+    found = "".join(flags)
+    return [flag_note(model, flag) for flag in "†‡§" if flag in found]
+
+
 def upstream_text(entry: Record) -> str:
     """What a task mirrors and how it departs from it; empty where the record names nothing."""
     mirrors = [f"mirrors {entry['mirrors']}"] if entry.get("mirrors") else []

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import comparison_plots as plots
-from harness.records import Cell, Column, Model, Record, Row, mean_accuracy, number, overall
+from harness.records import Cell, Column, Model, Record, Row, flags_of, mean_accuracy, number, overall
 from harness.stats import Estimate
 from harness.tables import perplexity_of
 
@@ -26,6 +26,7 @@ BYTES = f"; bytes are what the bit-widths promise of the model and the KV cache 
 MEASURED = """\
 *Markers, line and bars as in the figure of bits, against what was measured: {}. Where rows stand close \
 together in the cost, the machine's own noise may have ordered them.*"""
+FLAGGED = "{} beside a marker: as in the first table, whose notes say what not to conclude from it."
 LEARNING = "seconds to quantise (learning where it was learned, transform, rounding; without scoring)"
 SPEED = (
     "tokens per second of the small workload below, where more is better and the best rows stand on the "
@@ -58,7 +59,7 @@ def pareto_section(model: Model, figures: Path, stem: str) -> list[str]:
     return [
         "### What accuracy costs in bits",
         f"![Perplexity and mean accuracy of each row against its bits](figures/{stem}-pareto.svg)",
-        BITS.format(what="bits and bytes" if both else "bits", bytes=BYTES if both else ""),
+        _flagged(BITS.format(what="bits and bytes" if both else "bits", bytes=BYTES if both else ""), model),
     ]
 
 
@@ -75,8 +76,16 @@ def measured_section(models: Sequence[tuple[Model, str]], figures: Path) -> list
         said = [name for name, cost in costs.items() if cost in shown]
         if shown:
             alt = f"Perplexity and mean accuracy of {model.record['name']} against measured costs"
-            text += [f"![{alt}](figures/{stem}-costs.svg)", MEASURED.format("; ".join(said))]
+            caption = _flagged(MEASURED.format("; ".join(said)), model)
+            text += [f"![{alt}](figures/{stem}-costs.svg)", caption]
     return ["### What accuracy costs in time and memory", *text] if text else []
+
+
+def _flagged(caption: str, model: Model) -> str:
+    """A caption that also says what its flags are, where a row has one."""
+    flags = "".join(flags_of(model.record, row) for row in model.rows)
+    found = [flag for flag in "†‡§" if flag in flags]
+    return f"{caption.removesuffix('*')} {FLAGGED.format(' or '.join(found))}*" if found else caption
 
 
 def _draw(model: Model, costs: Sequence[Cost], path: Path) -> list[Cost]:
@@ -106,7 +115,7 @@ def _panel(model: Model, cost: Cost, column: Column | None) -> plots.CostPanel:
         )
         if not math.isfinite(value):
             continue
-        point = plots.Point(price, value, stderr, row.bits)
+        point = plots.Point(price, value, stderr, row.bits, flags_of(model.record, row))
         if row.first.is_float:
             reference = point
         else:

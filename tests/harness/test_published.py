@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness import published, report
 from harness.beside import beside_section
 from harness.published import FOLDER, Paper, Source, Table, change_text, papers, read, render
 from harness.records import models_of, read_run
+from methods.checkpoint import DEFAULT_MODEL
 from methods.errors import UserError
 from methods.registry import method_classes
 from tests.harness import runs
@@ -268,8 +271,26 @@ def test_another_model_has_relative_changes_alone(tmp_path: Path) -> None:
     for value in ("5.40", "3.79", "6.10"):
         assert value not in found, "no perplexity of another model beside ours"
     pairs = {(line["method"], line["against"]) for line in lines if line["bits"] == "w4a16"}
-    assert {("rtn", "float"), ("gptq", "float"), ("quarot (gptq)", "float")} <= pairs
+    assert {("rtn †", "float"), ("gptq †", "float"), ("quarot (gptq) †", "float")} <= pairs
     assert "not measured here, and of other models" in found
+
+
+def test_weight_only_rows_of_a_rounded_checkpoint_are_marked_beside_the_papers(tmp_path: Path) -> None:
+    rounded = {"levels": 16, "group": 32, "fraction": 1.0}
+    model = {"name": "meta-llama/Llama-2-7b-hf", "label": "fp32 (dequantised Q4_0)", "family": "llama"}
+    model |= {"parameters": 7e9, "sha256": "0" * 64, "pre_quantised": rounded}
+    for row, bits in (("float", "w16a16"), ("gptq", "w4a16"), ("quarot (gptq)", "w4a16")):
+        write_cell(tmp_path, row, bits, model=model)
+    write_cell(tmp_path, "quarot (gptq)", "w4a4kv4", model=model)
+    text = text_of(tmp_path)
+    for heading in (SAME, OTHERS):
+        lines = table(text, heading)
+        told = {(line["bits"], line["method"]) for line in lines}
+        assert {("w4a16", "gptq †"), ("w4a16", "quarot (gptq) †"), ("w4a4kv4", "quarot (gptq)")} <= told
+        assert not {("w4a16", "gptq"), ("w4a4kv4", "quarot (gptq) †")} & told
+    against = {line["against"] for line in table(text, OTHERS) if line["bits"] == "w4a16"}
+    assert against == {"float", "quarot (gptq) †"}
+    assert section(text).count("† Weight-only: this checkpoint's weights already lie on") == 1
 
 
 def test_the_same_model_has_their_numbers_beside_ours(tmp_path: Path) -> None:
@@ -298,6 +319,65 @@ def test_the_same_model_has_their_numbers_beside_ours(tmp_path: Path) -> None:
     moved = float(score["here"].split()[0]) - float(base.split()[0])
     assert float(score["change"]) == pytest.approx(moved, abs=0.11)
     assert all("(Llama-2-7B)" not in line["theirs (%)"] for line in table(text, OTHERS))
+
+
+LLAMA = {"7b": (4096, 11008, 32, 32, 32000), "13b": (5120, 13824, 40, 40, 32000)}
+LLAMA |= {"70b": (8192, 28672, 80, 8, 32000), "8B": (4096, 14336, 32, 8, 128256)}
+LLAMA |= {"70B": (8192, 28672, 80, 8, 128256)}
+"""Width, hidden width of the MLP, layers, KV heads of 128 channels, vocabulary; heads have 128 channels."""
+
+
+def test_the_sizes_of_models_are_those_of_their_architecture() -> None:
+    """Every Llama of the tables, counted by transformers."""
+    named = {column.hub for _, part in TABLES for column in part.models if column.hub}
+    assert {hub for hub in named if hub.startswith("meta-llama/")} == published.PARAMETERS.keys()
+    for hub, parameters in published.PARAMETERS.items():
+        width, hidden, layers, heads, words = LLAMA[hub.removesuffix("-hf").rpartition("-")[2]]
+        config = LlamaConfig(
+            hidden_size=width,
+            intermediate_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 128,
+            num_key_value_heads=heads,
+            vocab_size=words,
+        )
+        with torch.device("meta"):
+            assert sum(part.numel() for part in LlamaForCausalLM(config).parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "lattice", "same"),
+    [
+        ("meta-llama/Llama-2-7b-hf", 1, None, True),  # as the hub delivers it
+        ("meta-llama/llama-2-7b-hf", 1, None, True),
+        ("/models/Llama-2-7b-hf/", 6_738_415_616, None, True),
+        ("models/llama-2-7b-hf", 6_738_415_616 + 32 * 64, None, True),  # with stored frequencies
+        ("/models/Llama-2-7b-hf.gguf", 6_738_415_616, None, True),
+        ("/models/Llama-2-7b-hf.gguf", 6_738_415_616, {"levels": 16}, False),
+        ("/models/Llama-2-7b-hf", 6_738_415_616, {"levels": 16}, False),
+        ("/models/Llama-2-7b-hf", 6_743_663_616, None, False),  # 640 more tokens
+        ("/models/Llama-2-7b-hf", 134_515_008, None, False),
+        ("someone/Llama-2-7b-hf", 134_515_008, None, False),
+        ("meta-llama/Llama-2-7b-chat-hf", 6_738_415_616, None, False),
+        ("/models/mine", 6_738_415_616, None, False),
+    ],
+)
+def test_a_model_is_known_by_what_identifies_it(
+    name: str, parameters: int, lattice: dict[str, int] | None, same: bool
+) -> None:
+    column = published.Column(name="Llama-2-7B", hub="meta-llama/Llama-2-7b-hf")
+    record = {"name": name, "parameters": parameters, "pre_quantised": lattice}
+    assert column.is_(record) == same
+    assert not published.Column(name="Llama-2-7B", hub=None).is_(record)
+
+
+def test_the_default_model_is_its_hubs() -> None:
+    """Its weights were rounded before, which its label and the flags of its rows say."""
+    record = {"name": DEFAULT_MODEL, "parameters": 134_515_008, "pre_quantised": {"levels": 16}}
+    assert published.Column(name="SmolLM2", hub="HuggingFaceTB/SmolLM2-135M-Instruct").is_(record)
+    assert not published.Column(name="SmolLM2", hub="HuggingFaceTB/SmolLM2-135M").is_(record)
+    folder = {**record, "name": f"/models/{DEFAULT_MODEL}"}
+    assert not published.Column(name="SmolLM2", hub="HuggingFaceTB/SmolLM2-135M-Instruct").is_(folder)
 
 
 def test_other_options_are_not_the_papers(tmp_path: Path) -> None:

@@ -153,6 +153,24 @@ def test_every_cost_on_record_has_a_panel(run: Path, text: str) -> None:
     assert text.index(f"figures/{STEM}-pareto.svg") < text.index("## Tasks and protocols")
 
 
+def test_flagged_rows_are_marked_in_the_figures_of_costs(tmp_path: Path) -> None:
+    """On the front beside their bits, elsewhere alone; and the caption says what that means."""
+    for row, bits in (("float", "w16a16"), ("rtn", "w4a16"), ("quarot", "w4a16"), ("rtn", "w4a4kv4")):
+        write_cell(tmp_path, row, bits)
+    text = text_of(tmp_path)
+    for figure in ("pareto", "costs"):
+        said = words(tmp_path / "figures" / f"{STEM}-{figure}.svg")
+        marks = [word for word in said if "†" in word]
+        assert set(marks) <= {"†", "w4a16 †"} and len(marks) == 2 * 2, "two rows, perplexity and accuracy"
+        caption = text.split(f"figures/{STEM}-{figure}.svg)\n\n", 1)[1].split("\n\n", 1)[0]
+        assert "† beside a marker" in caption and "‡" not in caption
+    for cell in tmp_path.glob("*/cell.json"):
+        edit(cell.parent, lambda record: record["model"].update(pre_quantised=None))
+    text = text_of(tmp_path)
+    assert "†" not in (tmp_path / "figures" / f"{STEM}-pareto.svg").read_text()
+    assert "beside a marker" not in text
+
+
 def test_the_cost_table_has_tokens_and_energy(run: Path, text: str, tmp_path: Path) -> None:
     cost = row_of(table(text, "## Cost"), "w4a4kv4", "quarot")
     assert (cost["calibration (tokens)"], cost["energy (J)"]) == (f"{32 * 512:,}", "1,234")
