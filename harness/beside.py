@@ -42,8 +42,7 @@ def beside_section(model: Model) -> list[str]:
     if others:
         head = ["bits", "method", "against", "here (%)", "theirs (%)", "paper"]
         text += ["#### Other models: relative changes alone", table(head, others), OTHERS.format(ours=ours)]
-    said = "".join(line[place] for line in (*same, *others) for place in (1, 2))
-    text += flag_notes(model.record, said)
+    text += flag_notes(model.record, [line[place] for line in (*same, *others) for place in (1, 2)])
     return ["### Beside the papers", *text] if text else []
 
 

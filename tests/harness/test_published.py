@@ -277,7 +277,8 @@ def test_another_model_has_relative_changes_alone(tmp_path: Path) -> None:
 
 def test_weight_only_rows_of_a_rounded_checkpoint_are_marked_beside_the_papers(tmp_path: Path) -> None:
     rounded = {"levels": 16, "group": 32, "fraction": 1.0}
-    model = {"name": "meta-llama/Llama-2-7b-hf", "label": "fp32 (dequantised Q4_0)", "family": "llama"}
+    model: dict[str, Any] = {"name": "meta-llama/Llama-2-7b-hf", "label": "fp32 (dequantised Q4_0)"}
+    model |= {"family": "llama"}
     model |= {"parameters": 7e9, "sha256": "0" * 64, "pre_quantised": rounded}
     for row, bits in (("float", "w16a16"), ("gptq", "w4a16"), ("quarot (gptq)", "w4a16")):
         write_cell(tmp_path, row, bits, model=model)
