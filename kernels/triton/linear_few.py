@@ -109,7 +109,7 @@ def _launch(
         _kernel,
         (triton.cdiv(m, tokens(m, MOST_TOKENS)), triton.cdiv(n, choice.outputs)),
         (m, n, zero_step(x)),
-        _constants(m, k, 0 if w_keep is None else w_keep.shape[1], choice, _lower(x)),
+        _constants(m, k, 0 if w_keep is None else w_keep.shape[1], choice, _lowered(x)),
         _options(choice, at_rest),
         device,
     )
@@ -177,12 +177,12 @@ def compilation(
     )
 
 
-def _lower(x: Quantised) -> bool:
+def _lowered(x: Quantised) -> bool:
     """Whether codes are moved down for a product of int8. Narrower unsigned ones are int8 as they are."""
     return x.zero is not None and x.bits == 8
 
 
-def _constants(rows: int, inputs: int, keep: int, choice: Choice, lower: bool) -> dict[str, int]:
+def _constants(rows: int, inputs: int, keep: int, choice: Choice, lowered: bool) -> dict[str, int]:
     return {
         "HALF": inputs // 2,
         "OUTPUTS": choice.outputs,
@@ -191,7 +191,7 @@ def _constants(rows: int, inputs: int, keep: int, choice: Choice, lower: bool) -
         "AHEAD": choice.ahead,
         "X_AHEAD": choice.x_ahead,
         "KEEP": keep,
-        "LOWER": lower,
+        "LOWERED": lowered,
     }
 
 
@@ -225,11 +225,11 @@ def _right(codes, layout: gl.constexpr):
 
 
 @gluon.jit
-def _centred(sums, zero, w_sum, LOWER: gl.constexpr):
+def _centred(sums, zero, w_sum, LOWERED: gl.constexpr):
     """16 times the products of weights and of what inputs are apart from their zero-points, in float32: from
     16 times those of codes, int32 [OUTPUTS, TOKENS]. In float64 it is exact for any whole zero-point."""
     zero = zero.to(gl.float64)
-    if LOWER:
+    if LOWERED:
         zero -= 128.0
     return (sums.to(gl.float64) - (16.0 * zero)[None, :] * w_sum.to(gl.float64)[:, None]).to(gl.float32)
 
@@ -257,7 +257,7 @@ def _kernel(
     AHEAD: gl.constexpr,
     X_AHEAD: gl.constexpr,
     KEEP: gl.constexpr,
-    LOWER: gl.constexpr,
+    LOWERED: gl.constexpr,
 ):
     product: gl.constexpr = product_layout(WARPS)
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=product, k_width=4)
@@ -305,7 +305,7 @@ def _kernel(
         if step + AHEAD < STEPS:
             weights = weights + (fetch_weights(w_row, first, step + AHEAD, ROUND, HALF),)
         low_x, high_x = inputs[step]
-        if LOWER:
+        if LOWERED:
             low_x, high_x = lowered(low_x), lowered(high_x)
         low = _left(low_nibbles(weights[step]), left)
         low_sum = mma_v2(low, _right(low_x, right), low_sum)
@@ -315,7 +315,7 @@ def _kernel(
     sums = sum_over_warps(low_sum + high_sum, tile)
     x_scale += x_scale - x_scale  # an infinite scale becomes NaN
     if x_zero_ptr is not None:
-        products = _centred(sums, zero, w_sum, LOWER)
+        products = _centred(sums, zero, w_sum, LOWERED)
     else:
         products = sums.to(gl.float32)
     # The codes were 16 times too large: exact, as a scale divided by 16 might not be.

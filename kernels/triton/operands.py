@@ -97,8 +97,8 @@ def _unsupported_codes(x: Quantised, w: PackedWeight) -> str | None:
             return f"zero-points {tuple(x.zero.shape)} in {x.zero.dtype}"
     if x.scale.dtype != torch.float32:
         return "scales that are not float32"
-    # 16 times a code of 4 bits, times a code of x.bits, or times its distance from its zero-point.
-    if w.inputs << (x.bits + (6 if x.zero is None else 7)) >= 2**31:
+    # 16 times a code of 4 bits, times a code of x.bits, or times how far 8 bits are from a zero-point.
+    if w.inputs << (x.bits + 6 if x.zero is None else 15) >= 2**31:
         return f"K = {w.inputs} could leave 32-bit integers"
     return None
 
