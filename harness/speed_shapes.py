@@ -82,7 +82,8 @@ class Online:
     rotations: QuaRot's transforms: R3 (where the KV cache is quantised), across heads, and R4. hidden: R4
     alone, in blocks of the largest power of two. keep: channels of the residual stream that stay in 16 bits
     and widen it. scaling: the residual scale per token. static: ranges of inputs, keys and values found
-    beforehand, asymmetric as FPTQuant's are. folded: gains of norms are merged into weights, which unties the head.
+    beforehand, asymmetric as FPTQuant's are. folded: gains of norms are merged into weights, which
+    unties the head.
     """
 
     name: str
@@ -217,7 +218,9 @@ def _fill_block(
     groups = (*readers, (block.self_attn.o_proj,), (block.mlp.down_proj,))
     for group in groups:
         # Linears that read one input share its range, by which they are known to quantise alike.
-        scale, zero = _range(4.0, bits.activation, device) if online.static and spec.activation else (None, None)
+        scale = zero = None
+        if online.static and spec.activation is not None:
+            scale, zero = _range(4.0, bits.activation, device)
         for linear in group:
             _fill(linear, spec, online.keep if group in readers else 0, device, dtype)
             linear.input_scale, linear.input_zero = scale, zero

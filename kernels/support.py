@@ -428,8 +428,11 @@ def _kv_rows(
         return _floats(1, 2, 512, width, dtype=dtype)
     scale = torch.ones(1) if static else None
     zero = torch.zeros(1) if static and not symmetric else None
-    kind = {"dtype": torch.promote_types(dtype, _F32), "device": torch.empty(0).device}
-    return kv_rows(1, 2, 512, width, bits, symmetric=symmetric, scale=scale, zero=zero, **kind)
+    shape, wide = (1, 2, 512, width), torch.promote_types(dtype, _F32)
+    static_range = {"scale": scale, "zero": zero}
+    return kv_rows(
+        *shape, bits, symmetric=symmetric, **static_range, dtype=wide, device=torch.empty(0).device
+    )
 
 
 _WEIGHTS: dict[str, dict[str, Any]] = {

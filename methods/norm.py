@@ -48,9 +48,9 @@ class RMSNorm(nn.Module):
     def into(
         self, state: State, readers: Sequence[Linear]
     ) -> tuple[Tensor, Tensor | QuantisedInput, Tensor | None]:
-        """The stream that goes on, with the branch that had been left out; the stream normalised, as `readers`
-        take it: in codes, by one operation, where they are packed and quantise alike; and the scale [..., 1]
-        that the stream has from now on, None where it has none."""
+        """The stream that goes on, with the branch that had been left out; the stream normalised, as
+        `readers` take it: in codes, by one operation, where they are packed and quantise alike; and the scale
+        [..., 1] that the stream has from now on, None where it has none."""
         reader = fused_quantiser(readers)
         if reader is None:
             return self.of(state)

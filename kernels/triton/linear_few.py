@@ -66,8 +66,8 @@ def linear(
 ) -> Tensor:
     """`reference.linear` for few rows of codes: [..., N] in `dtype`, bit for bit where no channels are kept.
 
-    x with zero-points needs a w with the sums of its codes. weights_at_rest: no work that is still queued on
-    this stream writes w or w_keep. The kernel may then fetch them while the kernel before it is still running.
+    Where x has zero-points, w needs the sums of its codes. weights_at_rest: no work that is still queued on
+    this stream writes w or w_keep. The kernel may then fetch them while the one before it is still running.
     Raises ValueError for operands that `unsupported` names.
     """
     launch = _launch(x, w, choice, weights_at_rest, **beside)
@@ -216,8 +216,10 @@ def _left(codes, layout: gl.constexpr):
 
 
 @gluon.jit
-def _right(codes, layout: gl.constexpr):
-    """x [warp, token, 64] as the right operand [warp, 64, token], in the same order."""
+def _right(codes, layout: gl.constexpr, LOWERED: gl.constexpr):
+    """x [warp, token, 64] as the right operand [warp, 64, token], in the same order, less 128 if LOWERED."""
+    if LOWERED:
+        codes = lowered(codes)
     WARPS: gl.constexpr = codes.type.shape[0]
     TOKENS: gl.constexpr = codes.type.shape[1]
     b = gl.permute(codes.reshape([WARPS, TOKENS, 4, 4, 4]), [0, 3, 2, 4, 1])
@@ -304,13 +306,10 @@ def _kernel(
             inputs = inputs + (fetch_inputs(x_row, first, token < rows, step + X_AHEAD, ROUND, HALF),)
         if step + AHEAD < STEPS:
             weights = weights + (fetch_weights(w_row, first, step + AHEAD, ROUND, HALF),)
-        low_x, high_x = inputs[step]
-        if LOWERED:
-            low_x, high_x = lowered(low_x), lowered(high_x)
         low = _left(low_nibbles(weights[step]), left)
-        low_sum = mma_v2(low, _right(low_x, right), low_sum)
+        low_sum = mma_v2(low, _right(inputs[step][0], right, LOWERED), low_sum)
         high = _left(high_nibbles(weights[step]), left)
-        high_sum = mma_v2(high, _right(high_x, right), high_sum)
+        high_sum = mma_v2(high, _right(inputs[step][1], right, LOWERED), high_sum)
 
     sums = sum_over_warps(low_sum + high_sum, tile)
     x_scale += x_scale - x_scale  # an infinite scale becomes NaN

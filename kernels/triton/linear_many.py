@@ -56,10 +56,13 @@ def linear(
 ) -> Tensor:
     """`reference.linear` for quantised x: [..., N] in `dtype` (bfloat16, float16 or float32).
 
-    x: symmetric int8 codes [..., K] with one scale a row. w: symmetric 4-bit codes [N, K], one scale a row.
+    x: codes [..., K] with one scale a row, and perhaps one zero-point. w: symmetric 4-bit codes [N, K], one
+    scale a row.
     x_keep [..., keep], w_keep [N, keep]: both bfloat16 or both float16, keep a multiple of 16. row_scale:
-    [..., 1]. bias: [N]. x with zero-points needs a w with the sums of its codes. choice: None takes the table's. weights_at_rest: no work that is still queued on this
+    [..., 1]. bias: [N]. choice: None takes the table's. weights_at_rest: no work that is still queued on this
     stream writes w, w_keep or bias; the kernel may then fetch weights while the one before it is running.
+    Where x has zero-points, w needs the sums of its codes, and a row whose zero-point is no whole number from
+    0 to 255 becomes NaN: int32 might not hold its products.
     Without kept channels the result is that of the reference bit for bit. Raises ValueError where
     `unsupported` says why.
     """

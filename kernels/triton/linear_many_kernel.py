@@ -136,8 +136,8 @@ def _scales(w_scale, x_scale, output, token, outputs, tokens):  # type: ignore[n
 
 @gluon.jit
 def _offset(zero, LOWERED: gl.constexpr):  # type: ignore[no-untyped-def]
-    """16 times a zero-point as int32, less 128 where the codes are LOWERED by that; and 0, or NaN for one that
-    is no code, which int32 may not hold."""
+    """16 times a zero-point as int32, less 128 where the codes are LOWERED by that; and 0, or NaN for one
+    that is no code, which int32 may not hold."""
     whole = zero.to(gl.int32)
     known = (zero >= 0.0) & (zero <= 255.0) & (whole.to(gl.float32) == zero)
     return 16 * (whole - 128 if LOWERED else whole), gl.where(known, 0.0, float("nan"))

@@ -9,6 +9,7 @@ import torch
 
 from harness.speed_shapes import ONLINE, SHAPES, form_bits, online_parts, random_decoder, tiny, vocabulary
 from harness.speed_work import decoder_bytes, kv_bytes, work
+from kernels.packing import unpack
 from methods.decoder import Block, Decoder
 from methods.errors import UserError
 from methods.execution import merge_projections

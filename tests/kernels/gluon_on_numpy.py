@@ -119,8 +119,8 @@ def _late(name: str) -> Any:
 def assembled(
     assembly: Any, constraints: str, arguments: list[Any], dtype: Any, is_pure: bool, pack: int
 ) -> Any:
-    """The result, or the results, of assembly on 32-bit words, or four bytes at once; conversions of floats by
-    name."""
+    """The result, or the results, of assembly on 32-bit words, or four bytes at once; conversions of floats
+    by name."""
     text = getattr(assembly, "value", assembly)
     if text.startswith("cvt.rn."):
         return arguments[0].to(dtype)

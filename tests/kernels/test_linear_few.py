@@ -1,5 +1,5 @@
-"""The linears for few rows, as far as no GPU is needed: what they refuse, what may be chosen, and what the one
-for codes computes when Triton interprets it (interpreted_few.py)."""
+"""The linears for few rows, as far as no GPU is needed: what they refuse, what may be chosen, and what the
+one for codes computes when Triton interprets it (interpreted_few.py)."""
 
 from __future__ import annotations
 
