@@ -429,10 +429,8 @@ def _kv_rows(
     scale = torch.ones(1) if static else None
     zero = torch.zeros(1) if static and not symmetric else None
     shape, wide = (1, 2, 512, width), torch.promote_types(dtype, _F32)
-    static_range = {"scale": scale, "zero": zero}
-    return kv_rows(
-        *shape, bits, symmetric=symmetric, **static_range, dtype=wide, device=torch.empty(0).device
-    )
+    device = torch.empty(0).device
+    return kv_rows(*shape, bits, symmetric=symmetric, scale=scale, zero=zero, dtype=wide, device=device)
 
 
 _WEIGHTS: dict[str, dict[str, Any]] = {

@@ -170,8 +170,9 @@ def interpret_rmsnorm() -> None:
             {"bits": 4, "symmetric": False, "scale": scale, "zero": zero},
             {"bits": 8, "symmetric": False, "scale": scale / 9, "zero": 20 * zero},
         ]
+        ways: list[tuple[int, dict[str, Any]]] = [(1, {}), (0, {"add": x.flip(0), "row_scale": row_scale})]
         for quantiser in quantisers:
-            for keep, case in ((1, {}), (0, {"add": x.flip(0), "row_scale": row_scale})):
+            for keep, case in ways:
                 found = rmsnorm_module.rmsnorm_quantise(x, eps=1e-5, keep=keep, **case, **quantiser)
                 y = ((x + case["add"] if case else x) / found.rms).to(dtype)
                 assert same(found.kept, y[:, :1] if keep else None)
