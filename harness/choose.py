@@ -24,6 +24,7 @@ import torch
 from harness import environment, perplexity, store
 from harness.markdown import table
 from harness.perplexity import Windows
+from kernels.command import run_command
 from methods import assets
 from methods.bits import Bits, QuantiserSettings
 from methods.calibration import Corpus, load_corpus, token_windows
@@ -254,4 +255,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -28,6 +28,7 @@ import torch
 
 from harness import plots, store
 from harness.markdown import table
+from kernels.command import run_command
 from methods.calibration import load_corpus, token_windows
 from methods.checkpoint import DEFAULT_MODEL, open_checkpoint
 from methods.device import parse_device
@@ -252,4 +253,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -15,6 +15,7 @@ from typing import Any
 from harness import plots, store
 from harness.markdown import table
 from harness.pretraining_tables import at_four_bits, in_order, overhead_section, recipe_name
+from kernels.command import run_command
 from methods.distribution import refuse_foreign_kernels
 from methods.errors import UserError
 
@@ -320,4 +321,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -192,7 +192,7 @@ class Bench:
             label: (
                 one.peak,
                 one.eager,
-                joules(one, timings[label].median, seconds, self.meter, self.device),
+                joules(one, seconds, self.meter, self.device),
             )
             for label, one in passes.items()
         }

@@ -148,6 +148,7 @@ def run(options: Options, command: str, device: torch.device) -> dict[str, Any]:
             "measured": measured,
         },
         "energy": None if gauge is None else gauge.source,
+        "energy_seconds": options.energy,
         "turns": options.turns,
         "shapes": {name: asdict(SHAPES[name]) for name in options.shapes},
         "results": [],

@@ -31,6 +31,8 @@ CHUNK_TOKENS = 32768
 """Tokens of all sequences that go through the decoder at once in a prefill."""
 SLOW = 0.5
 """Seconds from which on a prefill is timed in two turns only."""
+SETTLING = 0.5
+"""Seconds of a pass before its energy is measured, and within which a driver's counter moves."""
 
 
 @dataclass
@@ -152,24 +154,31 @@ def prefill_timings(passes: Mapping[str, Pass], turns: int, device: torch.device
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
-def joules(
-    one: Pass, seconds: float, least: float, meter: Meter | None, device: torch.device
-) -> float | None:
-    """Energy of one call of a pass, over at least `least` seconds of them; None without a meter, where it was
-    not to be measured (least 0) and where the driver's number did not move.
-
-    seconds: of one call, roughly.
-    """
+def joules(one: Pass, least: float, meter: Meter | None, device: torch.device) -> float | None:
+    """Energy of one call of a pass, played without a pause from one change of the meter's number to another,
+    at least `least` seconds later: a driver's counter moves a few times a second, and what it adds up lags
+    behind. None without a meter, where energy was not to be measured (least 0) and where the number did not
+    move."""
     if meter is None or least <= 0:
         return None
-    times = max(1, math.ceil(least / max(seconds * one.calls, 1e-6)))
-    _synchronise(device)
-    begin = meter.read()
-    for _ in range(times):
-        one.play()
-    _synchronise(device)
-    used = meter.read() - begin
+    begin, _ = _played(one, min(least, SETTLING), meter, meter.read(), device)
+    end, times = _played(one, least, meter, begin, device)
+    used = end - begin
     return used / (times * one.calls) if used > 0 and math.isfinite(used) else None
+
+
+def _played(one: Pass, least: float, meter: Meter, number: float, device: torch.device) -> tuple[float, int]:
+    """The meter's number just after it has changed, `least` seconds or more after the call, and how often the
+    pass was played until then. The number as it was where it does not move."""
+    started, times = time.perf_counter(), 0
+    while True:
+        one.play()
+        _synchronise(device)
+        times += 1
+        now, taken = meter.read(), time.perf_counter() - started
+        if (now != number and taken >= least) or taken >= least + SETTLING:
+            return now, times
+        number = now
 
 
 def released(passes: dict[str, Pass], device: torch.device) -> None:

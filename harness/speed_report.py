@@ -41,6 +41,8 @@ multiply-adds of linears, head and attention at the measured rate of a large pro
 bf16, as tensor cores do), whichever takes longer; `of floor` is its share of the time. *: bf16 and this \
 form did not fit beside each other and were timed one after the other. †: steps were launched by the host. \
 Peak: bytes that torch had allocated at most, with this form's weights and cache alone. J/token: {energy}."""
+SHORTEST_ENERGY = 1.0
+"""Seconds: what a driver's counter says of less is off by more than a tenth."""
 DECODED = """\
 Each step gives one token of every sequence behind a context of this length; the cache holds random rows. \
 tokens/s counts those of all sequences."""
@@ -119,18 +121,30 @@ def _shape(record: Row, shape: str) -> list[str]:
     online = dict.fromkeys(row["online"] for row in rows if row["form"] != BASELINE)
     facts += "".join(f"; {ONLINE[name].says}" for name in online if name in ONLINE)
     parts = [f"## {shape}", f"{facts}."]
-    energy = f"by the driver's {record['energy']}" if record["energy"] else "the driver reports no energy"
+    energy, shown = _energy(record), record.get("energy_seconds", 0.0) >= SHORTEST_ENERGY
     for phase, says in (("decode", DECODED), ("prefill", PREFILLED)):
         own = [row for row in rows if row["phase"] == phase]
         if own:
-            parts += [f"### {shape}: {phase}", says, _rows_table(own)]
+            parts += [f"### {shape}: {phase}", says, _rows_table(own, shown)]
     if rows:
         parts += [FLOORS.format(energy=energy), f"![Decoding beside bf16, by context]({PLOT})"]
         parts = parts if shape == next(iter(record["shapes"])) else parts[:-1]
     return [*parts, *_overhead(record, shape), *_shares(record, shape)]
 
 
-def _rows_table(rows: Sequence[Row]) -> str:
+def _energy(record: Row) -> str:
+    """What is said of the column."""
+    if not record["energy"]:
+        return "the driver reports no energy"
+    if record.get("energy_seconds", 0.0) < SHORTEST_ENERGY:
+        return (
+            f"not shown, since each was measured over less than {SHORTEST_ENERGY:g} s, in which the driver's "
+            "counter moves a few times only"
+        )
+    return f"by the driver's {record['energy']}, over {record['energy_seconds']:g} s or more of each"
+
+
+def _rows_table(rows: Sequence[Row], energy: bool) -> str:
     prefill = rows[0]["phase"] == "prefill"
     head = ["batch", "context", "bits", "median", "fastest to slowest", "x bf16", "tokens/s", "J/token"]
     head += ["floor", "of floor", "bound by", "peak GB", "weights GB", "KV GB"]
@@ -147,7 +161,12 @@ def _rows_table(rows: Sequence[Row]) -> str:
         speed = "–" if row["speed"] is None else f"{row['speed']:.2f}{'*' if row['apart'] else ''}"
         mark = "" if prefill or row["eager"] is None else "†"
         line += [duration(timing.median) + mark, spread(timing), speed, f"{row['tokens_per_second']:,.0f}"]
-        line += [_number(row["joules_per_token"], "{:.3g}"), *floor, f"{row['of_floor']:.0%}", row["bound"]]
+        line += [
+            _number(row["joules_per_token"] if energy else None, "{:.3g}"),
+            *floor,
+            f"{row['of_floor']:.0%}",
+            row["bound"],
+        ]
         lines.append([*line, _number(row["peak"], "{:.1f}", GIGABYTE), *sizes])
     return table(head, lines)
 
@@ -267,11 +286,11 @@ def plot(record: Row, stream: TextIO) -> None:
                 if own:
                     axes.plot(*zip(*own, strict=True), marker="o", color=colour, label=form, linewidth=1.4)
             axes.set_xscale("log", base=2)
-            axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
             axes.set_title(f"{shape}, batch {batch}", fontsize=9)
             axes.set_xlabel("context (tokens)", fontsize=8)
         line[0].set_ylabel("decoding, x bf16", fontsize=8)
+    panels[0][0].set_ylim(bottom=0)  # of all panels; sooner, the first one's top would be that of all
     handles, labels = panels[0][0].get_legend_handles_labels()
     if handles:
         figure.legend(

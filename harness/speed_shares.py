@@ -20,6 +20,7 @@ OPERATIONS: tuple[tuple[str, str], ...] = (
         r"^_kernel|^_kept|linear_many|^held_kernel|^streamed_kernel|^dequantise_weight",
     ),
     ("products in 16 bits", r"gemm|gemv|cutlass|nvjet|xmma|cublas|splitkreduce|^dense_kernel"),
+    ("rounding weights", r"^_find_range|^_gptq_block"),
     ("copies", r"memcpy|memset|copy_kernel|catarray"),
     ("look-ups", r"embedding|index_?select|gather"),
 )

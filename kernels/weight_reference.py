@@ -80,8 +80,9 @@ def find_range(rows: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[
     """Scale and zero-point (None if symmetric), each [n, 1], of rows [n, width].
 
     `search` shrinks the range in 80 steps of 1 % and keeps, per row, the one with the least
-    Σ|ŵ - w|^2.4. A row of zeros gets a harmless range.
+    Σ|ŵ - w|^2.4. A row of zeros gets a harmless range. No gradient flows through either.
     """
+    rows = rows.detach()
     low = rows.amin(1, keepdim=True).clamp(max=0)
     high = rows.amax(1, keepdim=True).clamp(min=0)
     if symmetric:
@@ -117,8 +118,9 @@ def _search(
     for i in range(SHRINK_STEPS):
         shrink = 1 - i / SHRINK_GRID
         scale, zero = _scale_zero(shrink * low, shrink * high, bits, symmetric)
-        # An extreme value is clipped by at least this much from here on (a rounded zero-point moves the range
-        # by up to half a step). Once that alone is no better than the best in every row, nothing can be.
+        # An extreme value is clipped by at least this much from here on: a rounded zero-point moves the range
+        # by up to half a step, a scale at its floor lets it move by less than one. Once that alone is no
+        # better than the best in every row, nothing can be.
         bottom, top = (from_codes(torch.full_like(scale, end), scale, zero) for end in (minimum, maximum))
         clipped = (torch.maximum(most - top, bottom - least) - scale).clamp_(min=0)
         if bool((clipped.pow_(ERROR_EXPONENT) >= best_error).all()):

@@ -1,6 +1,6 @@
 """FPTQuant (van Breugel et al., ICML 2026): function-preserving transforms, static ranges, a float teacher.
 
-Five transforms merge into the weights, among them an invertible one per value head and a scaled rotation of
+Four transforms merge into the weights, among them an invertible one per value head and a scaled rotation of
 query and key in front of RoPE; a block-diagonal Hadamard matrix in front of down_proj and a per-token scale
 of the residual stream run online (methods/function_preserving.py). Activations and KV cache have one
 asymmetric range per tensor. Two stages learn:

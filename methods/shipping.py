@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.command import run_command
 from methods import artifacts, assets
 from methods.bits import Bits, QuantiserSettings
 from methods.calibration import load_corpus, token_windows
@@ -104,4 +105,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from kernels.command import run_command
 from methods.calibration import evaluation_text, load_corpus
 from methods.distribution import refuse_foreign_kernels
 from methods.errors import UserError
@@ -104,4 +105,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

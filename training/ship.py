@@ -11,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from kernels.command import run_command
 from methods.checkpoint import SHIPPED_MODELS, write_label
 from methods.checkpoint_folder import appearing
 from methods.distribution import refuse_foreign_kernels
@@ -65,4 +66,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from kernels.command import run_command
 from methods.checkpoint_folder import write_json
 from methods.device import parse_device
 from methods.distribution import refuse_foreign_kernels
@@ -250,4 +251,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

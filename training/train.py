@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from kernels.command import run_command
 from methods.device import parse_device
 from methods.distribution import refuse_foreign_kernels
 from methods.errors import UserError
@@ -112,4 +113,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -35,7 +35,7 @@ from kernels.triton.few_rows import (
     tokens,
 )
 from kernels.triton.launching import Launch, by_form
-from kernels.triton.operands import HALVES, begun
+from kernels.triton.operands import HALVES, begun, unsupported_together
 
 PIECE = gl.constexpr(64)
 MOST_TOKENS = 16
@@ -73,7 +73,7 @@ def dense(
     that is still queued on this stream may write them.
     Raises ValueError for operands that `unsupported` names.
     """
-    rows = begun(x)
+    rows = begun(x.contiguous())
     launch = _launch(rows, weight, bias, choice, overlapped)
     y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
     if launch is not None:
@@ -95,14 +95,13 @@ def _launch(
         return None
     choice = choice or tuning.lookup("linear_dense", x.device, m, n, k, default(m, n, k))
     choice = _fitted(choice, k)
-    apart = k if x.is_contiguous() else x.stride(0)
-    constants, options = _constants(m, k, apart, choice), _options(choice, overlapped)
+    constants, options = _constants(m, k, choice), _options(choice, overlapped)
     return Launch(dense_kernel, (triton.cdiv(n, choice.outputs),), (m, n), constants, options, x.device)
 
 
 def unsupported(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     """Why these operands of `reference.dense` cannot run here, in a phrase; None where they can. Shapes that
-    fit nothing are refused like those that only the kernel does not take. Devices are not looked at."""
+    fit nothing are refused like those that only the kernel does not take."""
     if x.dtype not in HALVES:
         return f"inputs in {x.dtype}"
     if weight.dtype != x.dtype:
@@ -114,8 +113,8 @@ def unsupported(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | 
         return f"more than {MOST_TOKENS} rows"
     if bias is not None and (bias.dtype != x.dtype or bias.shape != (outputs,)):
         return f"a bias {tuple(bias.shape)} in {bias.dtype}"
-    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (x, weight, bias)):
-        return "operands that need gradients"
+    if (together := unsupported_together(x, weight, bias)) is not None:
+        return together
     if not 0 < inputs <= MAX_INPUTS or not 0 < weight.numel() < 2**31:
         return f"a weight of {outputs} x {inputs}"
     if inputs % ALIGNED:
@@ -171,17 +170,15 @@ def compilation(name: str, rows: int, outputs: int, inputs: int, choice: Choice)
         f"linear_dense {name}",
         dense_kernel,
         {**dict.fromkeys(("x_ptr", "w_ptr", "y_ptr"), "*bf16"), **dict.fromkeys(("rows", "outputs"), "i32")},
-        {"bias_ptr": None, **_constants(rows, inputs, inputs, _fitted(choice, inputs))},
+        {"bias_ptr": None, **_constants(rows, inputs, _fitted(choice, inputs))},
         _options(choice, True),
         expect=("HMMA.16816.F32.BF16", "LDG.E.128.STRONG.GPU"),  # past the first cache: weights
     )
 
 
-def _constants(rows: int, inputs: int, apart: int, choice: Choice) -> dict[str, int]:
-    """apart: numbers from a row of x to the next."""
+def _constants(rows: int, inputs: int, choice: Choice) -> dict[str, int]:
     return {
         "INPUTS": inputs,
-        "APART": apart,
         "OUTPUTS": choice.outputs,
         "TOKENS": tokens(rows, MOST_TOKENS),
         "WARPS": choice.warps,
@@ -239,7 +236,6 @@ def dense_kernel(
     rows,
     outputs,
     INPUTS: gl.constexpr,
-    APART: gl.constexpr,
     OUTPUTS: gl.constexpr,
     TOKENS: gl.constexpr,
     WARPS: gl.constexpr,
@@ -263,7 +259,7 @@ def dense_kernel(
     first = warp * PIECE + inner
     # Rows behind the last read the last again: their results are not stored.
     w_row = w_ptr + (gl.minimum(start + row, outputs - 1) * INPUTS + first)
-    x_row = x_ptr + (token * APART + first)
+    x_row = x_ptr + (token * INPUTS + first)
     n = start + gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, tile))
     m = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, tile))
 

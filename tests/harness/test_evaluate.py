@@ -21,6 +21,7 @@ from harness.divergence import Reference
 from harness.evaluate import TaskPlan, TaskResult, batch_spread, float_reference, plan_tasks, run_task
 from harness.lm import DecoderLM
 from harness.tasks import LOCAL_TASKS
+from kernels import ops
 from kernels.reference import fake_quantise
 from methods import assets
 from methods.bits import ActivationSpec, KVSpec
@@ -177,7 +178,9 @@ def test_divergence_leaves_the_other_numbers_alone_and_reaches_the_facts(
     settings = grid("perplexity_news")
     plan = plan_of(settings, checkpoint)
     plain = run_task(quantised, checkpoint, plan, settings)
+    ops.reset_implementations()
     reference = float_reference(checkpoint, plan, settings, CPU, tmp_path)
+    assert ops.implementations() == {}, "the float model's work is no part of the cell's"
     found = run_task(quantised, checkpoint, plan, settings, reference=reference)
     assert plain.metrics == found.metrics
     assert plain.facts == {name: value for name, value in found.facts.items() if name in plain.facts}

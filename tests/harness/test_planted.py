@@ -272,7 +272,10 @@ def one_scale_for_all_tokens(patch: pytest.MonkeyPatch) -> None:
         patch,
         Linear,
         "quantise_input",
-        ("fake_quantise(part, **options)", "fake_quantise(part.reshape(1, -1), **options).view_as(x)"),
+        (
+            "straight_through(part, partial(fake_quantise, **options))",
+            "fake_quantise(part.reshape(1, -1), **options).view_as(x)",
+        ),
     )
 
 

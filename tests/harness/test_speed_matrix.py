@@ -3,6 +3,7 @@ it took."""
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from harness import speed, speed_bench, speed_matrix, speed_passes, speed_report
 from harness.power import COUNTER, Meter
@@ -385,3 +388,24 @@ def test_a_machine_without_the_grids_libraries_can_run_it(root: Path) -> None:
     done = subprocess.run([sys.executable, "-c", BARE], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "### small: decode" in done.stdout
+
+
+def test_no_panel_of_the_figure_cuts_a_speed_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first panel has the slowest."""
+    rows = [
+        {
+            "phase": "decode",
+            "shape": "small",
+            "batch": batch,
+            "form": "w4a4kv4",
+            "context": context,
+            "speed": speed,
+        }
+        for batch, context, speed in ((1, 8, 1.0), (1, 16, 1.1), (8, 8, 2.0), (8, 16, 3.1))
+    ]
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    speed_report.plot({"results": rows}, io.StringIO())
+    for axes in drawn[0].axes:
+        low, high = axes.get_ylim()
+        assert low == 0 and all(float(np.max(line.get_ydata())) < high for line in axes.get_lines())

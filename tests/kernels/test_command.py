@@ -74,7 +74,7 @@ def test_every_command_ends_so(root: Path) -> None:
     guard = 'if __name__ == "__main__":\n'
     found = {
         str(path.relative_to(root)): path.read_text().partition(guard)[2].strip()
-        for package in ("kernels", "methods", "harness")
+        for package in ("kernels", "methods", "harness", "training")
         for path in (root / package).rglob("*.py")
         if guard in path.read_text()
     }
