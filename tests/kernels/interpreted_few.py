@@ -81,7 +81,7 @@ def interpret() -> None:
 
 if __name__ == "__main__":
     complete_the_interpreter()
-    linear_few.mma_v2 = product  # type: ignore[assignment]
+    linear_few.mma_v2 = product
     codegen.language = tl  # type: ignore[attr-defined]  # the interpreter looks for it in a function's module
     codegen.tl = SimpleNamespace(inline_asm_elementwise=gluon_on_numpy.assembled, int8=tl.int8)
     interpret()
