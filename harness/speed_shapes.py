@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kernels.packing import packed_width
+from kernels.packing import packed_width, unpack
 from kernels.reference import PackedWeight
 from methods.bits import Bits, LinearSpec, QuantiserSettings
 from methods.decoder import Attention, Block, Decoder, DecoderConfig, RMSNorm
@@ -82,7 +82,8 @@ class Online:
     rotations: QuaRot's transforms: R3 (where the KV cache is quantised), across heads, and R4. hidden: R4
     alone, in blocks of the largest power of two. keep: channels of the residual stream that stay in 16 bits
     and widen it. scaling: the residual scale per token. static: ranges of inputs, keys and values found
-    beforehand. folded: gains of norms are merged into weights, which unties the head.
+    beforehand, asymmetric as FPTQuant's are. folded: gains of norms are merged into weights, which
+    unties the head.
     """
 
     name: str
@@ -165,7 +166,9 @@ def random_decoder(
         config = replace(
             config, hidden_size=config.hidden_size + online.keep, norm_divisor=config.hidden_size
         )
-    settings = QuantiserSettings(activation_static=online.static, kv_static=online.static)
+    settings = QuantiserSettings(
+        activation_symmetric=not online.static, activation_static=online.static, kv_static=online.static
+    )
     with torch.device("meta"):
         decoder = Decoder(config)
     decoder.residual_scaling = online.scaling
@@ -215,21 +218,28 @@ def _fill_block(
     groups = (*readers, (block.self_attn.o_proj,), (block.mlp.down_proj,))
     for group in groups:
         # Linears that read one input share its range, by which they are known to quantise alike.
-        static = torch.tensor(0.5, device=device) if online.static and spec.activation else None
+        scale = zero = None
+        if online.static and spec.activation is not None:
+            scale, zero = _range(4.0, bits.activation, device)
         for linear in group:
             _fill(linear, spec, online.keep if group in readers else 0, device, dtype)
-            linear.input_scale = static
+            linear.input_scale, linear.input_zero = scale, zero
     if online.static and bits.quantises_kv:
         _set_kv_range(block.self_attn, bits, device)
 
 
 def _set_kv_range(attention: Attention, bits: Bits, device: torch.device) -> None:
     """A range of -4 to 4 for all keys and values."""
-    top = 2**bits.kv - 1
-    scale = torch.tensor(8.0 / top, device=device)
-    zero = torch.tensor(float((top + 1) // 2), device=device)
+    scale, zero = _range(4.0, bits.kv, device)
     attention.k_scale = attention.v_scale = scale
     attention.k_zero = attention.v_zero = zero
+
+
+def _range(end: float, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point of the static range from -end to end."""
+    top = 2**bits - 1
+    zero = torch.tensor(float((top + 1) // 2), device=device)
+    return torch.tensor(2 * end / top, device=device), zero
 
 
 def _fill(linear: Linear, spec: LinearSpec, keep: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -249,7 +259,8 @@ def _fill(linear: Linear, spec: LinearSpec, keep: int, device: torch.device, dty
 
 
 def _random_weight(outputs: int, inputs: int, spec: LinearSpec, device: torch.device) -> PackedWeight:
-    """Codes drawn from all of `spec.bits`, of which any byte is made up."""
+    """Codes drawn from all of `spec.bits`, of which any byte is made up; with their sums where inputs have
+    zero-points."""
     packed = torch.randint(256, (outputs, packed_width(inputs, spec.bits)), dtype=torch.uint8, device=device)
     groups = inputs // (spec.group or inputs)
     spread = _CODE_SPREAD.get(spec.bits, 2**spec.bits / 12**0.5)
@@ -258,7 +269,11 @@ def _random_weight(outputs: int, inputs: int, spec: LinearSpec, device: torch.de
     zero = (
         None if spec.symmetric else torch.full((groups, outputs), 2.0 ** (spec.bits - 1), device=device).t()
     )
-    return PackedWeight(packed, scale, zero, spec.bits, inputs, signed=spec.symmetric)
+    sums = None
+    if spec.activation is not None and not spec.activation.symmetric:
+        codes = unpack(packed, spec.bits, inputs)  # as they are stored
+        sums = codes.unflatten(1, (groups, -1)).sum(-1, dtype=torch.int32)
+    return PackedWeight(packed, scale, zero, spec.bits, inputs, signed=spec.symmetric, colsum=sums)
 
 
 def tiny(config: DecoderConfig) -> DecoderConfig:

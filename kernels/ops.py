@@ -7,13 +7,14 @@ apart: "triton", and "reference (why no kernel ran)". What neither can run raise
 "linear w4a16", "kv_attention kv4".
 
 Which implementation runs does not change what `quantise` returns without a gate, nor the integer products of
-linears, nor, without kept channels, a linear of quantised inputs: they are the same to the last bit. What it
-may change are the last bits of floating-point sums: of a linear with floating-point inputs or weights or with
-kept channels, of a root mean square and of a Hadamard transform; and, where a gate is applied, the last bit
-of few of its products. With these go the scales and some of the codes, by one, that are then rounded from
-them. Kernels are chosen by the number of rows too, so there a row's last bits may depend on how many rows
-stand beside it. A weight's range is found among the same ones, but of two that are worth the same
-it may be the other; the columns of a GPTQ block may differ in their last bits before they are rounded.
+linears, nor, without kept channels, a linear of quantised inputs: they are the same to the last bit, as
+long as the zero-points of its inputs are codes (`linear_many`). What it may change are the last bits of
+floating-point sums: of a linear with floating-point inputs or weights or with kept channels, of a root mean
+square and of a Hadamard transform; and, where a gate is applied, the last bit of few of its products. With
+these go the scales and some of the codes, by one, that are then rounded from them. Kernels are chosen by the
+number of rows too, so there a row's last bits may depend on how many rows stand beside it. A weight's range
+is found among the same ones, but of two that are worth the same it may be the other; the columns of a GPTQ
+block may differ in their last bits before they are rounded.
 """
 
 import importlib

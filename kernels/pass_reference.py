@@ -18,21 +18,24 @@ from kernels.reference import Quantised, Quantiser
 
 
 class Normed(NamedTuple):
-    """What `rmsnorm` returns. stream, normalised: [..., n] in x's dtype. rms: [..., 1], float32 at least."""
+    """What `rmsnorm` returns. stream, normalised: [..., n] in x's dtype. rms, row_scale: [..., 1], float32 at
+    least; row_scale is None where none was given."""
 
     stream: Tensor
     normalised: Tensor
     rms: Tensor
+    row_scale: Tensor | None
 
 
 class Normalised(NamedTuple):
-    """What `rmsnorm_quantise` returns: stream and rms as in `Normed`; of the normalised rows the first `keep`
-    channels (None for keep = 0), and the codes of the others."""
+    """What `rmsnorm_quantise` returns: stream, rms and row_scale as in `Normed`; of the normalised rows the
+    first `keep` channels (None for keep = 0), and the codes of the others."""
 
     stream: Tensor
     kept: Tensor | None
     codes: Quantised
     rms: Tensor
+    row_scale: Tensor | None
 
 
 def rmsnorm(
@@ -44,20 +47,27 @@ def rmsnorm(
     gain: Tensor | None = None,
     row_scale: Tensor | None = None,
 ) -> Normed:
-    """RMSNorm of x [..., n], or of its sum with `add`, which then is the stream that goes on.
+    """RMSNorm of x [..., n], or of its sum with `add`, and the stream that goes on.
 
-        stream = x + add, rounded to x's dtype      rms = sqrt(Σ stream² / divisor + eps S²)
-        normalised = stream / rms, rounded to x's dtype, times gain
+        total = x + add, rounded to x's dtype       rms = sqrt(Σ total² / divisor + eps S²)
+        y = total / rms, rounded to x's dtype       normalised = y times gain
 
-    add: [..., n]; without it, stream is x itself. divisor: n by default. gain: [n] or [1]. row_scale: S
-    [..., 1], 1 by default.
+    stream = total, x itself without `add`; where rows are scaled (row_scale: S [..., 1], 1 by default)
+    stream = y, with the scale S / rms. So a stream that begins with S = 1, and to which what a branch gives
+    is added times the new S, is S times the plain one throughout, and its norms are the plain one's (the
+    residual scaling of FPTQuant, van Breugel et al., ICML 2026).
+
+    add: [..., n]. divisor: n by default. gain: [n] or [1].
     """
-    stream = x if add is None else (x + add).to(x.dtype)
-    wide = stream.to(torch.promote_types(x.dtype, torch.float32))
+    total = x if add is None else (x + add).to(x.dtype)
+    wide = total.to(torch.promote_types(x.dtype, torch.float32))
     floor: float | Tensor = eps if row_scale is None else eps * row_scale.square()
     rms = (wide.square().sum(-1, keepdim=True) / (divisor or x.shape[-1]) + floor).sqrt()
-    y = (stream / rms).to(x.dtype)
-    return Normed(stream, y if gain is None else y * gain, rms)
+    y = (total / rms).to(x.dtype)
+    normalised = y if gain is None else y * gain
+    if row_scale is None:
+        return Normed(total, normalised, rms, None)
+    return Normed(y, normalised, rms, row_scale / rms)
 
 
 def rmsnorm_quantise(
@@ -72,8 +82,8 @@ def rmsnorm_quantise(
     **quantiser: Unpack[Quantiser],
 ) -> Normalised:
     """`rmsnorm`, its first `keep` channels returned as they are, the others quantised."""
-    stream, y, rms = rmsnorm(x, add=add, eps=eps, divisor=divisor, gain=gain, row_scale=row_scale)
-    return Normalised(stream, *_split(y, keep, quantiser), rms)
+    stream, y, rms, scale = rmsnorm(x, add=add, eps=eps, divisor=divisor, gain=gain, row_scale=row_scale)
+    return Normalised(stream, *_split(y, keep, quantiser), rms, scale)
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:

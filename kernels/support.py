@@ -137,7 +137,10 @@ _LINEARS: dict[str, dict[str, Any]] = {
     f"w4a8, {MANY} rows, K = 576": {"rows": MANY, "inputs": 576},
     "w4a8, weights in groups of 128": {"group": 128},
     "w4a8, weights with zero-points": {"zero": True},
-    "w4a8, inputs with zero-points": {"symmetric": False},
+    "w4a8, inputs with zero-points": {"symmetric": False, "sums": True},
+    "w4a4, inputs with zero-points": {"bits": 4, "symmetric": False, "sums": True},
+    f"w4a8, {MANY} rows, inputs with zero-points": {"rows": MANY, "symmetric": False, "sums": True},
+    "w4a8, inputs with zero-points, no sums of codes": {"symmetric": False},
     "w4a8, inputs in groups of 128": {"input_group": 128},
     "w4a8, weights in groups along axis 0": {"axis": 0},
     "w3a8, 1 row": {"weight_bits": 3},
@@ -209,6 +212,7 @@ _FLOATS: dict[str, dict[str, Any]] = {
 _NORMS: dict[str, dict[str, Any]] = {
     "gain": {"gain": True},
     "row scale": {"row_scale": True},
+    "of a sum with a row scale": {"add": True, "row_scale": True},
     "of a sum": {"add": True},
 }
 
@@ -232,6 +236,7 @@ _HADAMARDS: dict[str, dict[str, Any]] = {
     "4 bits": {"bits": 4},
     "with zero-points": {"symmetric": False},
     "groups of 128": {"group": 128},
+    "static range with zero-points": {"static": True, "symmetric": False},
     "64 kept channels": {"keep": 64},
 }
 
@@ -254,6 +259,7 @@ def _linear(
     kept: torch.dtype = _BF16,
     bias: bool = False,
     row_scale: bool = False,
+    sums: bool = False,
 ) -> Arguments:
     """Of a linear whose weight has `weight_bits` and whose inputs have `bits`, 16 for floating point."""
     groups = (inputs // (group or inputs), OUTPUTS) if axis == 1 else (inputs, 2)
@@ -265,6 +271,7 @@ def _linear(
         inputs,
         signed=not zero,
         axis=axis,
+        colsum=torch.zeros(groups, dtype=torch.int32).t() if sums else None,
     )
     keywords: dict[str, Any] = {"dtype": dtype}
     if keep:
@@ -370,6 +377,7 @@ _CACHES: dict[str, dict[str, Any]] = {
     "3 bits": {"bits": 3},
     "8 bits": {"bits": 8},
     "4 bits, symmetric, static range": {"symmetric": True, "static": True},
+    "4 bits, static range": {"static": True},
     "bfloat16": {"bits": 16},
     "float16, 4 bits": {"dtype": _F16},
     "float32, 4 bits": {"dtype": _F32},
@@ -419,8 +427,10 @@ def _kv_rows(
     if bits == 16:
         return _floats(1, 2, 512, width, dtype=dtype)
     scale = torch.ones(1) if static else None
-    wide, device = torch.promote_types(dtype, _F32), torch.empty(0).device
-    return kv_rows(1, 2, 512, width, bits, symmetric=symmetric, scale=scale, dtype=wide, device=device)
+    zero = torch.zeros(1) if static and not symmetric else None
+    shape, wide = (1, 2, 512, width), torch.promote_types(dtype, _F32)
+    device = torch.empty(0).device
+    return kv_rows(*shape, bits, symmetric=symmetric, scale=scale, zero=zero, dtype=wide, device=device)
 
 
 _WEIGHTS: dict[str, dict[str, Any]] = {

@@ -142,14 +142,11 @@ class State:
         """The state after stream + branch(norm(stream)).
 
         With a scale S: x' = x/rms + S' f(x/rms), S' = S/rms, so that x = S * plain stream throughout
-        and the stream that enters each sum has unit RMS (FPTQuant's residual scaling).
+        and the stream that enters each sum has unit RMS (FPTQuant's residual scaling). The norm gives x/rms
+        and S', and the branch's last linear multiplies by S' as it rounds its results: no pass is added.
         """
-        stream, x, rms = norm.into(self, branch.readers)
-        if self.scale is None:
-            return State(stream, None, branch(x, *args))
-        scale = self.scale / rms
-        normalised = (stream / rms).to(stream.dtype)
-        return State(normalised, scale, branch(x, *args, row_scale=scale))
+        stream, x, scale = norm.into(self, branch.readers)
+        return State(stream, scale, branch(x, *args, row_scale=scale))
 
 
 class Block(nn.Module):

@@ -37,6 +37,18 @@ def placed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
         model.to(home)
 
 
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Inside, products of float32 matrices are formed as `torch.set_float32_matmul_precision` names it,
+    whatever a user has set: whole ("highest"), or in TensorFloat-32 on GPUs that have it ("high")."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def device_name(device: torch.device) -> str:
     """The GPU's name, or cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

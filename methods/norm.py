@@ -45,14 +45,16 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.apply_gain((x / self.rms(x)).to(x.dtype))
 
-    def into(self, state: State, readers: Sequence[Linear]) -> tuple[Tensor, Tensor | QuantisedInput, Tensor]:
-        """The stream, with the branch that had been left out; the stream normalised, as `readers` take it: in
-        codes, by one operation, where they are packed and quantise alike; and the root mean square [..., 1].
-        """
+    def into(
+        self, state: State, readers: Sequence[Linear]
+    ) -> tuple[Tensor, Tensor | QuantisedInput, Tensor | None]:
+        """The stream that goes on, with the branch that had been left out; the stream normalised, as
+        `readers` take it: in codes, by one operation, where they are packed and quantise alike; and the scale
+        [..., 1] that the stream has from now on, None where it has none."""
         reader = fused_quantiser(readers)
         if reader is None:
             return self.of(state)
-        stream, kept, codes, rms = ops.rmsnorm_quantise(
+        stream, kept, codes, _, scale = ops.rmsnorm_quantise(
             state.base,
             add=state.branch,
             eps=self.eps,
@@ -62,12 +64,11 @@ class RMSNorm(nn.Module):
             keep=reader.keep,
             **reader.input_quantiser(),
         )
-        return stream, reader.observed(QuantisedInput(codes, kept, stream.dtype)), rms
+        return stream, reader.observed(QuantisedInput(codes, kept, stream.dtype)), scale
 
-    def of(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
-        """The stream, with the branch that had been left out; the stream normalised; and its root mean square
-        [..., 1]."""
-        stream, normalised, rms = ops.rmsnorm(
+    def of(self, state: State) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`into`, for a reader of floats."""
+        stream, normalised, _, scale = ops.rmsnorm(
             state.base,
             add=state.branch,
             eps=self.eps,
@@ -75,4 +76,4 @@ class RMSNorm(nn.Module):
             gain=self.weight,
             row_scale=state.scale,
         )
-        return stream, normalised, rms
+        return stream, normalised, scale

@@ -19,14 +19,14 @@ of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from methods.device import float32_products
 from methods.errors import UserError
 
 BOUND = 1e-3
@@ -101,19 +101,8 @@ def minimise(
     same matrices on one machine. Raises UserError where the loss is not finite, or does not depend on the
     matrices at all.
     """
-    with _whole_products():
+    with float32_products("highest"):
         return _descend(starts, objective, recipe, seed, device, dtype, report)
-
-
-@contextmanager
-def _whole_products() -> Iterator[None]:
-    """Inside, products of float32 matrices are not formed from shorter numbers, whatever has been set."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _descend(

@@ -107,7 +107,8 @@ def static_ranges(
 def set_ranges(model: Decoder, tensors: Mapping[str, Tensor]) -> None:
     """Give static ranges, named as in `Method.ranges`, to the model's linears and attentions, on its device.
 
-    Call it once the model is where it stays: tensors that are one object here are one object there.
+    Call it once the model is where it stays: tensors that are one object here are one object there. Raises
+    UserError for a name of nothing, and for a zero-point that is no code: such a range does not contain 0.
     """
     moved = {id(tensor): tensor.to(model.device) for tensor in tensors.values()}
     owners: dict[str, torch.nn.Module] = dict(model.named_modules())
@@ -115,7 +116,19 @@ def set_ranges(model: Decoder, tensors: Mapping[str, Tensor]) -> None:
         owner, _, buffer = name.rpartition(".")
         if buffer not in getattr(owners.get(owner), "_buffers", {}):
             raise UserError(f"unknown static range {name!r}")
+        bits = _bits_of(owners[owner])
+        if buffer.endswith("zero") and bits is not None and float(tensor) not in range(2**bits):
+            raise UserError(
+                f"static range {name} = {float(tensor):g}: give a whole number from 0 to {2**bits - 1}, "
+                "of a range that contains 0"
+            )
         setattr(owners[owner], buffer, moved[id(tensor)])
+
+
+def _bits_of(owner: torch.nn.Module) -> int | None:
+    """The width of what this quantises by a static range."""
+    spec = owner.activation if isinstance(owner, Linear) else getattr(owner, "kv", None)
+    return spec.bits if isinstance(spec, ActivationSpec | KVSpec) else None
 
 
 def _watch_inputs(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from methods.bits import Bits
 from methods.decoder import Decoder
-from methods.device import device_name, peak_memory, placed
+from methods.device import device_name, float32_products, peak_memory, placed
 from methods.errors import UserError
 from methods.kurtail import KurTail
 from methods.learned_rotations import ROUNDING_SEQUENCES, Pair, apply, kept, pair_of, quarot_pair
@@ -49,6 +49,8 @@ class SpinQuant(Method):
     goes down to 0. clip: the joint gradient's largest norm (none: unclipped). learn_bits: what the network is
     quantised to while learning. start: randomised "hadamard" matrices, or the rotations that "kurtail" learns
     from the same tokens. values: whether R2 is learned, else QuaRot's. online: whether R3 and R4 run.
+
+    On a GPU the network that it learns through multiplies in TensorFloat-32.
     """
 
     name: ClassVar[str] = "spinquant"
@@ -114,13 +116,17 @@ class SpinQuant(Method):
             residual, values = (matrix.to(model.dtype) for matrix in pair)
             return next_token_loss(model, rows.to(model.device), residual, values, simulation)
 
+        # The network's products, not those of the step in R: the published code has bfloat16 here.
+        precision = "high" if ctx.device.type == "cuda" else "highest"
+
         def objective(step: int, matrices: list[Tensor]) -> float:
             fixed = [] if self.values else [first.values.to(matrices[0])]
             total = 0.0
-            for rows in ids[order[step * batch : (step + 1) * batch]].split(at_once):
-                loss = loss_of(rows, [*matrices, *fixed]) * (len(rows) / batch)
-                loss.backward()
-                total += float(loss.detach())
+            with float32_products(precision):
+                for rows in ids[order[step * batch : (step + 1) * batch]].split(at_once):
+                    loss = loss_of(rows, [*matrices, *fixed]) * (len(rows) / batch)
+                    loss.backward()
+                    total += float(loss.detach())
             return total
 
         def measure(pair: Pair) -> float:

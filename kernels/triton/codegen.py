@@ -1,4 +1,4 @@
-"""Device functions that the kernels share: nibbles to int8, by inline assembly on four bytes at once.
+"""Device functions that the kernels share: codes to int8, by inline assembly on four bytes at once.
 
 Arithmetic on int8 costs about ten times the instructions, and a matrix kernel then waits for it.
 """
@@ -27,6 +27,19 @@ def high_nibbles(packed):  # type: ignore[no-untyped-def]
         "and.b32 $0, $1, 0xf0f0f0f0;",
         "=r,r",
         [packed],
+        dtype=tl.int8,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def lowered(codes):  # type: ignore[no-untyped-def]
+    """Unsigned codes of 8 bits less 128. codes: their bytes as int8; result: int8."""
+    return tl.inline_asm_elementwise(
+        "xor.b32 $0, $1, 0x80808080;",
+        "=r,r",
+        [codes],
         dtype=tl.int8,
         is_pure=True,
         pack=4,

@@ -1,4 +1,5 @@
 """The linear layer for few rows of 8- or 4-bit inputs and 4-bit weights, one scale a row. See `few_rows`.
+Inputs may have zero-points, then of a row too, or one for all of them.
 
 Byte 16 q + 4 j + b of a piece of 64, held by lane q of four, is element 16 j + 4 q + b of the left operand of
 `mma.m16n8k32`. Unpacking is two instructions for four codes of low nibbles and one for four of high ones.
@@ -22,7 +23,7 @@ from kernels.compiled import Compilation
 from kernels.reference import PackedWeight, Quantised
 from kernels.refusals import UnsupportedError
 from kernels.triton import few_rows
-from kernels.triton.codegen import high_nibbles, low_nibbles
+from kernels.triton.codegen import high_nibbles, low_nibbles, lowered
 from kernels.triton.few_rows import (
     fetch_inputs,
     fetch_weights,
@@ -36,7 +37,7 @@ from kernels.triton.few_rows import (
     tokens,
 )
 from kernels.triton.launching import Launch, by_form
-from kernels.triton.operands import Beside, begun, matrix
+from kernels.triton.operands import Beside, begun, matrix, zero_points, zero_step
 
 PIECE = gl.constexpr(64)
 MOST_TOKENS = 32
@@ -65,8 +66,8 @@ def linear(
 ) -> Tensor:
     """`reference.linear` for few rows of codes: [..., N] in `dtype`, bit for bit where no channels are kept.
 
-    weights_at_rest: no work that is still queued on this stream writes w or w_keep. The kernel may then fetch
-    them while the kernel before it is still running.
+    Where x has zero-points, w needs the sums of its codes. weights_at_rest: no work that is still queued on
+    this stream writes w or w_keep. The kernel may then fetch them while the one before it is still running.
     Raises ValueError for operands that `unsupported` names.
     """
     launch = _launch(x, w, choice, weights_at_rest, **beside)
@@ -75,10 +76,12 @@ def linear(
     if launch is not None:
         x_keep, w_keep = beside.get("x_keep"), beside.get("w_keep")
         launch(
-            begun(codes) if codes.is_contiguous() else matrix(codes).contiguous(),
+            (begun(codes) if codes.is_contiguous() else matrix(codes).contiguous()).view(torch.int8),
             w.packed.view(torch.int8),
             flat(x.scale),
+            zero_points(x),
             flat(w.scale),
+            None if x.zero is None else flat(w.colsum),
             y,
             None if x_keep is None else matrix(x_keep).contiguous(),
             None if w_keep is None else matrix(w_keep).contiguous(),
@@ -105,8 +108,8 @@ def _launch(
     return Launch(
         _kernel,
         (triton.cdiv(m, tokens(m, MOST_TOKENS)), triton.cdiv(n, choice.outputs)),
-        (m, n),
-        _constants(m, k, 0 if w_keep is None else w_keep.shape[1], choice),
+        (m, n, zero_step(x)),
+        _constants(m, k, 0 if w_keep is None else w_keep.shape[1], choice, _lowered(x)),
         _options(choice, at_rest),
         device,
     )
@@ -138,15 +141,26 @@ def compilations() -> Iterator[Compilation]:
     for rows, inputs, keep in ((1, 4096, 0), (16, 4096, 0), (16, 14336, 64), (32, 14336, 0), (64, 14336, 0)):
         name = f"{rows} rows, K {inputs}, {keep} kept"
         yield compilation(name, rows, 4096, inputs, Choice(), keep=keep)
+    for rows, inputs, bits in ((1, 4096, 4), (1, 4096, 8), (16, 14336, 8)):
+        name = f"{rows} rows, K {inputs}, zero-points of {bits} bits"
+        yield compilation(name, rows, 4096, inputs, Choice(), zero_bits=bits)
 
 
 def compilation(
-    name: str, rows: int, outputs: int, inputs: int, choice: Choice, *, keep: int = 0
+    name: str,
+    rows: int,
+    outputs: int,
+    inputs: int,
+    choice: Choice,
+    *,
+    keep: int = 0,
+    zero_bits: int | None = None,
 ) -> Compilation:
-    """The launch of a product of that size, with results in bfloat16."""
+    """The launch of a product of that size, with results in bfloat16. zero_bits: of inputs with zero-points,
+    whose rows are scaled."""
     choice = _fitted(choice, inputs)
-    kept = ("x_keep_ptr", "w_keep_ptr")
-    none = ("bias_ptr", "row_scale_ptr", *(() if keep else kept))
+    kept, zeros = ("x_keep_ptr", "w_keep_ptr"), {"x_zero_ptr": "*fp32", "w_sum_ptr": "*i32"}
+    none = ("bias_ptr", *(() if keep else kept), *(() if zero_bits else ("row_scale_ptr", *zeros)))
     return Compilation(
         f"linear_few {name}",
         _kernel,
@@ -154,15 +168,21 @@ def compilation(
             **dict.fromkeys(("x_ptr", "w_ptr"), "*i8"),
             **dict.fromkeys(("x_scale_ptr", "w_scale_ptr"), "*fp32"),
             **dict.fromkeys(("y_ptr", *(kept if keep else ())), "*bf16"),
-            **dict.fromkeys(("rows", "outputs"), "i32"),
+            **({**zeros, "row_scale_ptr": "*fp32"} if zero_bits else {}),
+            **dict.fromkeys(("rows", "outputs", "zero_step"), "i32"),
         },
-        {**dict.fromkeys(none), **_constants(rows, inputs, keep, choice)},
+        {**dict.fromkeys(none), **_constants(rows, inputs, keep, choice, zero_bits == 8)},
         _options(choice, True),
         expect=("IMMA.16832.S8.S8", "LDG.E.128"),
     )
 
 
-def _constants(rows: int, inputs: int, keep: int, choice: Choice) -> dict[str, int]:
+def _lowered(x: Quantised) -> bool:
+    """Whether codes are moved down for a product of int8. Narrower unsigned ones are int8 as they are."""
+    return x.zero is not None and x.bits == 8
+
+
+def _constants(rows: int, inputs: int, keep: int, choice: Choice, lowered: bool) -> dict[str, int]:
     return {
         "HALF": inputs // 2,
         "OUTPUTS": choice.outputs,
@@ -171,6 +191,7 @@ def _constants(rows: int, inputs: int, keep: int, choice: Choice) -> dict[str, i
         "AHEAD": choice.ahead,
         "X_AHEAD": choice.x_ahead,
         "KEEP": keep,
+        "LOWERED": lowered,
     }
 
 
@@ -195,20 +216,34 @@ def _left(codes, layout: gl.constexpr):
 
 
 @gluon.jit
-def _right(codes, layout: gl.constexpr):
-    """x [warp, token, 64] as the right operand [warp, 64, token], in the same order."""
+def _right(codes, layout: gl.constexpr, LOWERED: gl.constexpr):
+    """x [warp, token, 64] as the right operand [warp, 64, token], in the same order, less 128 if LOWERED."""
+    if LOWERED:
+        codes = lowered(codes)
     WARPS: gl.constexpr = codes.type.shape[0]
     TOKENS: gl.constexpr = codes.type.shape[1]
     b = gl.permute(codes.reshape([WARPS, TOKENS, 4, 4, 4]), [0, 3, 2, 4, 1])
     return gl.convert_layout(b.reshape([WARPS, 64, TOKENS]), layout, assert_trivial=True)
 
 
-@gluon.jit(do_not_specialize=("rows", "outputs"))
+@gluon.jit
+def _centred(sums, zero, w_sum, LOWERED: gl.constexpr):
+    """16 times the products of weights and of what inputs are apart from their zero-points, in float32: from
+    16 times those of codes, int32 [OUTPUTS, TOKENS]. In float64 it is exact for any whole zero-point."""
+    zero = zero.to(gl.float64)
+    if LOWERED:
+        zero -= 128.0
+    return (sums.to(gl.float64) - (16.0 * zero)[None, :] * w_sum.to(gl.float64)[:, None]).to(gl.float32)
+
+
+@gluon.jit(do_not_specialize=("rows", "outputs", "zero_step"))
 def _kernel(
     x_ptr,
     w_ptr,
     x_scale_ptr,
+    x_zero_ptr,
     w_scale_ptr,
+    w_sum_ptr,
     y_ptr,
     x_keep_ptr,
     w_keep_ptr,
@@ -216,6 +251,7 @@ def _kernel(
     row_scale_ptr,
     rows,
     outputs,
+    zero_step,
     HALF: gl.constexpr,
     OUTPUTS: gl.constexpr,
     TOKENS: gl.constexpr,
@@ -223,6 +259,7 @@ def _kernel(
     AHEAD: gl.constexpr,
     X_AHEAD: gl.constexpr,
     KEEP: gl.constexpr,
+    LOWERED: gl.constexpr,
 ):
     product: gl.constexpr = product_layout(WARPS)
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=product, k_width=4)
@@ -251,12 +288,16 @@ def _kernel(
     for step in gl.static_range(AHEAD):
         weights = weights + (fetch_weights(w_row, first, step, ROUND, HALF),)
     w_scale = gl.load(w_scale_ptr + n, mask=n < outputs, other=0.0)
+    if x_zero_ptr is not None:
+        w_sum = gl.load(w_sum_ptr + n, mask=n < outputs, other=0)
     # All above is at rest; what follows may come from the kernel before this one.
     gdc_wait()
     inputs = ()
     for step in gl.static_range(X_AHEAD):
         inputs = inputs + (fetch_inputs(x_row, first, token < rows, step, ROUND, HALF),)
     x_scale = gl.load(x_scale_ptr + m, mask=m < rows, other=0.0)
+    if x_zero_ptr is not None:
+        zero = gl.load(x_zero_ptr + m * zero_step, mask=m < rows, other=0.0)
     # Two sums, as a product waits for the one before it in its sum.
     low_sum = gl.zeros([WARPS, OUTPUTS, TOKENS], gl.int32, layout=product)
     high_sum = gl.zeros([WARPS, OUTPUTS, TOKENS], gl.int32, layout=product)
@@ -266,14 +307,18 @@ def _kernel(
         if step + AHEAD < STEPS:
             weights = weights + (fetch_weights(w_row, first, step + AHEAD, ROUND, HALF),)
         low = _left(low_nibbles(weights[step]), left)
-        low_sum = mma_v2(low, _right(inputs[step][0], right), low_sum)
+        low_sum = mma_v2(low, _right(inputs[step][0], right, LOWERED), low_sum)
         high = _left(high_nibbles(weights[step]), left)
-        high_sum = mma_v2(high, _right(inputs[step][1], right), high_sum)
+        high_sum = mma_v2(high, _right(inputs[step][1], right, LOWERED), high_sum)
 
     sums = sum_over_warps(low_sum + high_sum, tile)
     x_scale += x_scale - x_scale  # an infinite scale becomes NaN
+    if x_zero_ptr is not None:
+        products = _centred(sums, zero, w_sum, LOWERED)
+    else:
+        products = sums.to(gl.float32)
     # The codes were 16 times too large: exact, as a scale divided by 16 might not be.
-    y = sums.to(gl.float32) * 0.0625 * w_scale[:, None] * x_scale[None, :]
+    y = products * 0.0625 * w_scale[:, None] * x_scale[None, :]
     if KEEP:
         y += _kept(
             x_keep_ptr, w_keep_ptr, start, begin, rows, outputs, OUTPUTS, TOKENS, WARPS, KEEP, product, tile

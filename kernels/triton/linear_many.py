@@ -40,7 +40,7 @@ from kernels.triton.linear_many_choices import (
     plan,
 )
 from kernels.triton.linear_many_kernel import KEEP_TILE, linear_many_kernel
-from kernels.triton.operands import Beside, begun, matrix
+from kernels.triton.operands import Beside, begun, matrix, zero_points, zero_step
 from kernels.triton.workspace import nowhere, processors, workspace
 
 __all__ = ["Choice", "Plan", "candidates", "compilations", "default", "linear", "plan", "unsupported"]
@@ -56,10 +56,13 @@ def linear(
 ) -> Tensor:
     """`reference.linear` for quantised x: [..., N] in `dtype` (bfloat16, float16 or float32).
 
-    x: symmetric int8 codes [..., K] with one scale a row. w: symmetric 4-bit codes [N, K], one scale a row.
+    x: codes [..., K] with one scale a row, and perhaps one zero-point. w: symmetric 4-bit codes [N, K], one
+    scale a row.
     x_keep [..., keep], w_keep [N, keep]: both bfloat16 or both float16, keep a multiple of 16. row_scale:
     [..., 1]. bias: [N]. choice: None takes the table's. weights_at_rest: no work that is still queued on this
     stream writes w, w_keep or bias; the kernel may then fetch weights while the one before it is running.
+    Where x has zero-points, w needs the sums of its codes, and a row whose zero-point is no whole number from
+    0 to 255 becomes NaN: int32 might not hold its products.
     Without kept channels the result is that of the reference bit for bit. Raises ValueError where
     `unsupported` says why.
     """
@@ -70,7 +73,7 @@ def linear(
         launch, cut, shared = made
         # Tiles that no programs share leave nothing behind.
         partials, arrivals = (workspace if shared else nowhere)(device)
-        launch(*cut.pointers(begun(x.codes), x.scale, w, y, partials, arrivals, **beside))
+        launch(*cut.pointers(begun(_signed(x)), x, w, y, partials, arrivals, **beside))
     return y
 
 
@@ -83,7 +86,7 @@ def _made(
     if reason is not None:
         raise UnsupportedError("the linear for many rows cannot run here:", reason)
     outputs, inputs, device = w.packed.shape[0], w.inputs, x.codes.device
-    codes = matrix(x.codes)
+    codes = matrix(_signed(x))
     rows, available = codes.shape[0], processors(device)
     if rows == 0:
         return None
@@ -97,8 +100,8 @@ def _made(
     launch = Launch(
         linear_many_kernel,
         (dealt.programs,),
-        _numbers(rows, w, beside.get("w_keep"), dealt, choice),
-        _constants(dealt, choice),
+        _numbers(rows, w, beside.get("w_keep"), zero_step(x), dealt, choice),
+        _constants(dealt, choice, _lowered(x)),
         _options(choice, at_rest),
         device,
     )
@@ -134,6 +137,12 @@ def compilations() -> Iterator[Compilation]:
     large, small = deepest(128, 128, True, 8), deepest(64, 64, True, 8)
     yield _compilation("fp32 128x128 split, bias, row scale", large, torch.float32, rows=1000, extras=True)
     yield _compilation("fp32 64x64 split, bias, row scale", small, torch.float32, rows=33, extras=True)
+    yield _compilation("bf16 256x128, zero-points of 4 bits", prefill, zero_bits=4)
+    yield _compilation("bf16 256x128, zero-points of 8 bits, row scale", prefill, extras=True, zero_bits=8)
+    split = "fp16 128x128 split, kept channels, zero-points of 8 bits"
+    yield _compilation(split, large, torch.float16, rows=1000, keep=64, zero_bits=8)
+    yield _compilation("fp32 64x64 split, zero-points", small, torch.float32, rows=33, zero_bits=4)
+    yield _compilation("bf16 64x64 pair, zero-points", narrow, rows=64, extras=True, zero_bits=4)
 
 
 def _compilation(
@@ -144,14 +153,16 @@ def _compilation(
     rows: int = 4096,
     keep: int = 0,
     extras: bool = False,
+    zero_bits: int | None = None,
 ) -> Compilation:
-    """The launch of a product of 4096 inputs and 6144 outputs."""
+    """The launch of a product of 4096 inputs and 6144 outputs. zero_bits: of inputs with zero-points."""
     inputs, outputs = 4096, 6144
 
     def of(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    w = PackedWeight(of(outputs, inputs // 2, dtype=torch.uint8), of(outputs, 1), None, 4, inputs, True)
+    packed, sums = of(outputs, inputs // 2, dtype=torch.uint8), of(outputs, 1, dtype=torch.int32)
+    w = PackedWeight(packed, of(outputs, 1), None, 4, inputs, True, colsum=sums)
     dealt = plan(rows, outputs, inputs, choice, 132)
     beside: Beside = {
         "x_keep": of(rows, keep, dtype=dtype) if keep else None,
@@ -161,14 +172,15 @@ def _compilation(
         "dtype": dtype,
     }
     codes, y = of(rows, inputs, dtype=torch.int8), of(rows, outputs, dtype=dtype)
+    x = Quantised(codes, of(rows, 1), of(1, 1).expand(rows, 1) if zero_bits else None, None, zero_bits or 8)
     partials, arrivals = of(2**20, dtype=torch.int32), of(512, dtype=torch.int32)
     cut = Cut(codes, w, choice, True, **beside)
     return launch(
         name,
         linear_many_kernel,
-        *cut.pointers(codes, of(rows, 1), w, y, partials, arrivals, **beside),
-        *_numbers(rows, w, beside["w_keep"], dealt, choice),
-        **_constants(dealt, choice),
+        *cut.pointers(codes, x, w, y, partials, arrivals, **beside),
+        *_numbers(rows, w, beside["w_keep"], zero_step(x), dealt, choice),
+        **_constants(dealt, choice, _lowered(x)),
         **_options(choice, True),
         expect=(f"IGMMA.64x{choice.block_tokens}x32.S8.S8", "LDSM", "UTMALDG"),
     )
@@ -202,15 +214,15 @@ class Cut:
     def pointers(
         self,
         codes: Tensor,
-        x_scale: Tensor,
+        x: Quantised,
         w: PackedWeight,
         y: Tensor,
         partials: Tensor,
         arrivals: Tensor,
         **beside: Unpack[Beside],
     ) -> tuple[Tensor | TensorDescriptor | None, ...]:
-        """The kernel's arguments in front of its numbers. codes: as `operands.matrix` gives them, or memory
-        that begins there."""
+        """The kernel's arguments in front of its numbers. codes: those of x, signed, as `operands.matrix`
+        gives them, or memory that begins there."""
         packed, wk_desc, xk_desc = w.packed.view(torch.int8), None, None
         x_keep, w_keep = beside.get("x_keep"), beside.get("w_keep")
         if self.kept is not None and x_keep is not None and w_keep is not None:
@@ -225,7 +237,9 @@ class Cut:
             xk_desc,
             y,
             w.scale.contiguous(),
-            x_scale.contiguous(),
+            None if x.zero is None or w.colsum is None else w.colsum.contiguous(),
+            x.scale.contiguous(),
+            zero_points(x),
             None if bias is None else bias.contiguous(),
             None if row_scale is None else row_scale.contiguous(),
             partials,
@@ -234,16 +248,27 @@ class Cut:
 
 
 def _numbers(
-    rows: int, w: PackedWeight, w_keep: Tensor | None, dealt: Plan, choice: Choice
+    rows: int, w: PackedWeight, w_keep: Tensor | None, step: int, dealt: Plan, choice: Choice
 ) -> tuple[int, ...]:
     outputs, half = w.packed.shape
     keep = 0 if w_keep is None else w_keep.shape[-1]
-    return rows, outputs, half, keep, dealt.steps, dealt.full, dealt.rest, dealt.sharers, choice.group
+    return rows, outputs, half, keep, step, dealt.steps, dealt.full, dealt.rest, dealt.sharers, choice.group
 
 
-def _constants(dealt: Plan, choice: Choice) -> dict[str, Any]:
+def _constants(dealt: Plan, choice: Choice, lowered: bool) -> dict[str, Any]:
     split, registers = dealt.sharers > dealt.rest, PAIR_REGISTERS[0] if choice.pair else 240
-    return {"STAGES": choice.stages, "SPLIT": split, "REGISTERS": registers}
+    return {"STAGES": choice.stages, "SPLIT": split, "REGISTERS": registers, "LOWERED": lowered}
+
+
+def _lowered(x: Quantised) -> bool:
+    """Whether codes are moved down for a product of int8. Narrower unsigned ones are int8 as they are."""
+    return x.zero is not None and x.bits == 8
+
+
+def _signed(x: Quantised) -> Tensor:
+    """The codes as int8; those of 8 bits with zero-points moved down by 128, in a pass over their bytes: what
+    the tensor cores read comes from memory by copies that change nothing."""
+    return (x.codes ^ 128 if _lowered(x) else x.codes).view(torch.int8)
 
 
 def _options(choice: Choice, at_rest: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from kernels.triton.codegen import high_nibbles, low_nibbles
 # Channels of a kept tile.
 KEEP_TILE = gl.constexpr(32)
 # Numbers of which one compilation serves all.
-_NUMBERS = ("half", "keep", "steps", "full", "rest", "sharers", "group")
+_NUMBERS = ("half", "keep", "zero_step", "steps", "full", "rest", "sharers", "group")
 
 
 @gluon.jit
@@ -135,6 +135,15 @@ def _scales(w_scale, x_scale, output, token, outputs, tokens):  # type: ignore[n
 
 
 @gluon.jit
+def _offset(zero, LOWERED: gl.constexpr):  # type: ignore[no-untyped-def]
+    """16 times a zero-point as int32, less 128 where the codes are LOWERED by that; and 0, or NaN for one
+    that is no code, which int32 may not hold."""
+    whole = zero.to(gl.int32)
+    known = (zero >= 0.0) & (zero <= 255.0) & (whole.to(gl.float32) == zero)
+    return 16 * (whole - 128 if LOWERED else whole), gl.where(known, 0.0, float("nan"))
+
+
+@gluon.jit
 def _sum_of_groups(acc, nth, PART: gl.constexpr, sums, given, taken):  # type: ignore[no-untyped-def]
     """The sum of the two groups' tiles, for the first group; through shared memory, for the nth time.
 
@@ -225,8 +234,9 @@ def _to_cache(w, row, outputs, first, last, half, ROWS: gl.constexpr):  # type: 
 @gluon.jit
 def _multiply(  # type: ignore[no-untyped-def]
     PART: gl.constexpr, w, w_ring, low_ring, high_ring, ready, free, sums, given, taken, stage, kept, y_desc,
-    wk_desc, xk_desc, y, w_scale, x_scale, bias, row_scale, partials, arrivals, tokens, outputs, half, keep,
-    steps, full, rest, sharers, group, SPLIT: gl.constexpr, REGISTERS: gl.constexpr
+    wk_desc, xk_desc, y, w_scale, w_sum, x_scale, x_zero, bias, row_scale, partials, arrivals, tokens,
+    outputs, half, keep, zero_step, steps, full, rest, sharers, group, SPLIT: gl.constexpr,
+    REGISTERS: gl.constexpr, LOWERED: gl.constexpr
 ):  # fmt: skip
     """Four warps, the first group (PART 0) or the second: each computes half of the outputs of every tile, or
     all 64 of them in every other step."""
@@ -240,7 +250,8 @@ def _multiply(  # type: ignore[no-untyped-def]
     FINISHES: gl.constexpr = PART < PARTS
     DIVIDED: gl.constexpr = SPLIT and FINISHES
     # A small tile can leave registers for the scales, so that they need not be waited for at the end.
-    SMALL: gl.constexpr = ROWS * TOKENS <= 64 * 64 and (REGISTERS > 200 or y_desc is not None)
+    ROOM: gl.constexpr = REGISTERS > 200 or (y_desc is not None and x_zero is None)
+    SMALL: gl.constexpr = ROWS * TOKENS <= 64 * 64 and ROOM
     EARLY: gl.constexpr = SMALL and FINISHES
     # Accumulators of the integer and of the 16-bit product lie alike in registers.
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32])
@@ -310,6 +321,11 @@ def _multiply(  # type: ignore[no-untyped-def]
                 output, token = n_first + row, m_first + column
                 if not EARLY:
                     s_w, s_x = _scales(w_scale, x_scale, output, token, outputs, tokens)
+                if x_zero is not None:
+                    # What the codes count from, times the weights: below 2^31, as the sums are.
+                    z_x, unknown = _offset(gl.load(x_zero + token * zero_step, token < tokens, 0.0), LOWERED)
+                    acc -= gl.load(w_sum + output, output < outputs, 0)[:, None] * z_x[None, :]
+                    s_x += unknown
                 # The codes were 16 times too large: exact, as a scale divided by 16 might not be.
                 values = acc.to(gl.float32) * 0.0625 * s_w[:, None] * s_x[None, :]
                 if wk_desc is not None:
@@ -353,9 +369,9 @@ def _multiply(  # type: ignore[no-untyped-def]
 
 @gluon.jit(do_not_specialize=_NUMBERS)
 def linear_many_kernel(  # type: ignore[no-untyped-def]
-    w, w_desc, x_desc, y_desc, wk_desc, xk_desc, y, w_scale, x_scale, bias, row_scale, partials, arrivals,
-    tokens, outputs, half, keep, steps, full, rest, sharers, group, STAGES: gl.constexpr, SPLIT: gl.constexpr,
-    REGISTERS: gl.constexpr
+    w, w_desc, x_desc, y_desc, wk_desc, xk_desc, y, w_scale, w_sum, x_scale, x_zero, bias, row_scale,
+    partials, arrivals, tokens, outputs, half, keep, zero_step, steps, full, rest, sharers, group,
+    STAGES: gl.constexpr, SPLIT: gl.constexpr, REGISTERS: gl.constexpr, LOWERED: gl.constexpr
 ):  # fmt: skip
     OUTPUTS: gl.constexpr = w_desc.block_type.shape[0]
     BYTES: gl.constexpr = w_desc.block_type.shape[1]
@@ -389,13 +405,13 @@ def linear_many_kernel(  # type: ignore[no-untyped-def]
     gl.warp_specialize(
         [
             (_multiply, (0, w, w_ring, low_ring, high_ring, ready, free, sums, given, taken, stages.index(0),
-                         kept.index(0), y_desc, wk_desc, xk_desc, y, w_scale, x_scale, bias, row_scale,
-                         partials, arrivals, tokens, outputs, half, keep, steps, full, rest, sharers, group,
-                         SPLIT, REGISTERS)),
+                         kept.index(0), y_desc, wk_desc, xk_desc, y, w_scale, w_sum, x_scale, x_zero, bias,
+                         row_scale, partials, arrivals, tokens, outputs, half, keep, zero_step, steps, full,
+                         rest, sharers, group, SPLIT, REGISTERS, LOWERED)),
             (_multiply, (1, w, w_ring, low_ring, high_ring, ready, free, sums, given, taken,
                          stages.index(PARTS - 1), kept.index(1), y_desc, wk_desc, xk_desc, y, w_scale,
-                         x_scale, bias, row_scale, partials, arrivals, tokens, outputs, half, keep, steps,
-                         full, rest, sharers, group, SPLIT, REGISTERS)),
+                         w_sum, x_scale, x_zero, bias, row_scale, partials, arrivals, tokens, outputs, half,
+                         keep, zero_step, steps, full, rest, sharers, group, SPLIT, REGISTERS, LOWERED)),
             (_copy, (w_desc, x_desc, w_ring, low_ring, high_ring, ready, free, tokens, outputs, half, steps,
                      full, rest, sharers, group)),
         ],

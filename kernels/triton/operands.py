@@ -68,7 +68,7 @@ def unsupported(
 def unsupported_linear(x: Tensor | Quantised, w: PackedWeight, *beside: Tensor | None) -> str | None:
     """`unsupported_together` of what a linear is given."""
     inputs = (x,) if isinstance(x, Tensor) else (x.codes, x.scale, x.zero)
-    return unsupported_together(*inputs, w.packed, w.scale, w.zero, *beside)
+    return unsupported_together(*inputs, w.packed, w.scale, w.zero, w.colsum, *beside)
 
 
 def unsupported_together(*given: Tensor | None) -> str | None:
@@ -86,15 +86,19 @@ def _unsupported_codes(x: Quantised, w: PackedWeight) -> str | None:
         return "weights with zero-points"
     if w.scale.shape[1] != 1:
         return "groups of weights"
-    if x.zero is not None:
-        return "inputs with zero-points"
     if x.scale.shape[-1] != 1:
         return "groups of inputs"
-    if x.codes.dtype != torch.int8:
-        return f"{x.codes.dtype} inputs"
+    if x.codes.dtype != (torch.int8 if x.zero is None else torch.uint8):
+        return f"{x.codes.dtype} inputs {'without' if x.zero is None else 'with'} zero-points"
+    if x.zero is not None:
+        if w.colsum is None or w.colsum.shape != w.scale.shape or w.colsum.dtype != torch.int32:
+            return "inputs with zero-points and a weight without the sums of its codes"
+        if x.zero.shape != x.scale.shape or x.zero.dtype != torch.float32:
+            return f"zero-points {tuple(x.zero.shape)} in {x.zero.dtype}"
     if x.scale.dtype != torch.float32:
         return "scales that are not float32"
-    if w.inputs << (x.bits + 6) >= 2**31:  # 16 times a code of 4 bits, times a code of x.bits
+    # 16 times a code of 4 bits, times a code of x.bits, or times how far 8 bits are from a zero-point.
+    if w.inputs << (x.bits + 6 if x.zero is None else 15) >= 2**31:
         return f"K = {w.inputs} could leave 32-bit integers"
     return None
 
@@ -141,6 +145,22 @@ def matrix(x: Tensor) -> Tensor:
     if rows.stride(1) != 1 or rows.stride(0) < rows.shape[1] or apart % 16:
         rows = rows.contiguous()
     return rows.clone(memory_format=torch.contiguous_format) if rows.data_ptr() % 16 else rows
+
+
+def zero_points(x: Quantised) -> Tensor | None:
+    """The zero-points of x's rows from which they begin, `zero_step` apart."""
+    if x.zero is None or not zero_step(x):
+        return x.zero
+    return x.zero.reshape(-1).contiguous()
+
+
+def zero_step(x: Quantised) -> int:
+    """From the zero-point of a row to the next one's: 0 where all of them are one number, as a static range
+    has it. No copy of it is made."""
+    zero = x.zero
+    if zero is None or all(n == 1 or step == 0 for n, step in zip(zero.shape, zero.stride(), strict=True)):
+        return 0
+    return 1
 
 
 def begun(x: Tensor) -> Tensor:

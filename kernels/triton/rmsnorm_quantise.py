@@ -70,7 +70,7 @@ def _over(x, rms, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _rmsnorm(  # type: ignore[no-untyped-def]
-    x, add, gain, row_scale, stream, out, scales, zeros, given_scale, given_zero, kept, roots,
+    x, add, gain, row_scale, stream, out, scales, zeros, given_scale, given_zero, kept, roots, row_scales,
     rows, n, keep, stride, add_stride, scale_step, zero_step, clip, eps, divisor,
     BITS: tl.constexpr, SYMMETRIC: tl.constexpr, STATIC: tl.constexpr, CLAMP: tl.constexpr,
     QUANTISE: tl.constexpr, ADD: tl.constexpr, GAIN: tl.constexpr, EARLY: tl.constexpr,
@@ -97,7 +97,8 @@ def _rmsnorm(  # type: ignore[no-untyped-def]
     WIDE: tl.constexpr = raw.dtype == tl.float32
     if ADD:
         raw = narrow(widen(raw) + widen(branch), raw.dtype)
-        tl.store(stream + start * n + column, raw, column < n)
+        if not ROW_SCALE:
+            tl.store(stream + start * n + column, raw, column < n)
     y = raw.to(tl.float32)
     # Without a gain, rounding keeps the order of magnitudes: the largest result is that of the largest input,
     # and one reduction finds both numbers of a row. Channels that are kept do not count.
@@ -112,6 +113,9 @@ def _rmsnorm(  # type: ignore[no-untyped-def]
     rms = tl.sqrt_rn(tl.div_rn(total, divisor) + floor)
     tl.store(roots + start + one, rms)
     shown = narrow(_over(y, rms, WIDE), raw.dtype)
+    if ROW_SCALE:
+        tl.store(row_scales + start + one, tl.div_rn(outer, rms))
+        tl.store(stream + start * n + column, shown, column < n)
     if GAIN:
         if not EARLY:
             # As late as this, it takes no registers from x; all rows but the first find it in a cache.
@@ -173,16 +177,16 @@ def rmsnorm_quantise(
     """`pass_reference.rmsnorm_quantise` on the GPU.
 
     x, add: [..., n], bfloat16, float16 or float32, n up to 32768; gain in their dtype, row_scale in float32.
-    The stream is the reference's to the bit. The rms is the reference's up to the order of its sum; what
-    follows from it is the same to the bit. choice and overlapped as in `quantise`; the gain is at rest.
+    The sum is the reference's to the bit. The rms is the reference's up to the order of its sum; what follows
+    from it is the same to the bit. choice and overlapped as in `quantise`; the gain is at rest.
     Raises ValueError, naming what does not fit, where `unsupported` does.
     """
     launch = _launch(x, add, eps, divisor, gain, row_scale, keep, True, choice, overlapped, **quantiser)
     leading, n = x.shape[:-1], x.shape[-1]
     q = Results(leading, n - keep, x.device, quantiser)
     kept = x.new_empty(*leading, keep) if keep else None
-    stream, rms = _run(launch, x, add, gain, row_scale, (*q.pointers(), kept))
-    return Normalised(stream, kept, q.quantised(), rms)
+    stream, rms, scale = _run(launch, x, add, gain, row_scale, (*q.pointers(), kept))
+    return Normalised(stream, kept, q.quantised(), rms, scale)
 
 
 def rmsnorm(
@@ -199,8 +203,8 @@ def rmsnorm(
     """`pass_reference.rmsnorm` on the GPU; otherwise as `rmsnorm_quantise`."""
     launch = _launch(x, add, eps, divisor, gain, row_scale, 0, False, choice, overlapped)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    stream, rms = _run(launch, x, add, gain, row_scale, (y,) * 6)
-    return Normed(stream, y, rms)
+    stream, rms, scale = _run(launch, x, add, gain, row_scale, (y,) * 6)
+    return Normed(stream, y, rms, scale)
 
 
 def _run(
@@ -210,10 +214,12 @@ def _run(
     gain: Tensor | None,
     row_scale: Tensor | None,
     results: tuple[Tensor | None, ...],
-) -> tuple[Tensor, Tensor]:
-    """The stream and the rms; what `results` names is written."""
-    stream = x if add is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The stream, the rms and the scale of rows that goes on; what `results` names is written."""
+    same = add is None and row_scale is None
+    stream = x if same else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rms = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    scale = None if row_scale is None else torch.empty_like(rms)
     if launch is not None:
         rows = rows_of(x)
         launch(
@@ -224,8 +230,9 @@ def _run(
             stream,
             *[rows if part is None else part for part in results],
             rms,
+            rms if scale is None else scale,
         )
-    return stream, rms
+    return stream, rms, scale
 
 
 @by_form
@@ -304,29 +311,33 @@ def compilations() -> Iterator[Compilation]:
     """What stands for this kernel in the compile tests."""
     many, few = Choice().elements, Choice().few
     cases = [
-        ("bf16-4096", torch.bfloat16, 4096, 0, 0, 1.0, True, False, many),
-        ("bf16-4096-gain-keep-clip", torch.bfloat16, 4096, 2, 64, 0.9, True, False, many),
-        ("bf16-14336", torch.bfloat16, 14336, 2, 0, 1.0, True, False, many),
-        ("fp32-4096", torch.float32, 4096, 2, 0, 1.0, True, False, many),
-        ("bf16-4096-add", torch.bfloat16, 4096, 0, 0, 1.0, True, True, many),
-        ("bf16-4096-add-few-rows", torch.bfloat16, 4096, 0, 0, 1.0, True, True, few),
-        ("fp32-4096-add", torch.float32, 4096, 0, 0, 1.0, True, True, many),
-        ("bf16-4096-add-floats", torch.bfloat16, 4096, 2, 0, 1.0, False, True, many),
-        ("bf16-4096-add-floats-few-rows", torch.bfloat16, 4096, 2, 0, 1.0, False, True, few),
-        ("fp16-8192-floats", torch.float16, 8192, 2, 0, 1.0, False, False, many),
+        ("bf16-4096", torch.bfloat16, 4096, 0, 0, 1.0, True, False, many, False),
+        ("bf16-4096-gain-keep-clip", torch.bfloat16, 4096, 2, 64, 0.9, True, False, many, False),
+        ("bf16-14336", torch.bfloat16, 14336, 2, 0, 1.0, True, False, many, False),
+        ("fp32-4096", torch.float32, 4096, 2, 0, 1.0, True, False, many, False),
+        ("bf16-4096-add", torch.bfloat16, 4096, 0, 0, 1.0, True, True, many, False),
+        ("bf16-4096-add-few-rows", torch.bfloat16, 4096, 0, 0, 1.0, True, True, few, False),
+        ("fp32-4096-add", torch.float32, 4096, 0, 0, 1.0, True, True, many, False),
+        ("bf16-4096-add-floats", torch.bfloat16, 4096, 2, 0, 1.0, False, True, many, False),
+        ("bf16-4096-add-floats-few-rows", torch.bfloat16, 4096, 2, 0, 1.0, False, True, few, False),
+        ("fp16-8192-floats", torch.float16, 8192, 2, 0, 1.0, False, False, many, False),
+        ("bf16-4096-add-scaled-static", torch.bfloat16, 4096, 0, 0, 1.0, True, True, many, True),
+        ("bf16-4096-add-scaled-static-few-rows", torch.bfloat16, 4096, 0, 0, 1.0, True, True, few, True),
+        ("fp16-4096-add-scaled-floats", torch.float16, 4096, 2, 0, 1.0, False, True, many, True),
     ]
-    for name, dtype, n, gain, keep, clip, quantised, add, elements in cases:
+    for name, dtype, n, gain, keep, clip, quantised, add, elements, scaled in cases:
         block = triton.next_power_of_2(n)
         pointer = f"*{DTYPES[dtype]}"
         yield compilation(
             f"rmsnorm-quantise-{name}",
             _rmsnorm,
             dict.fromkeys(("x", "add", "gain", "stream", "kept"), pointer)
-            | {"row_scale": "*fp32", "roots": "*fp32", "eps": "fp32", "divisor": "fp32"}
-            | {"out": "*i8" if quantised else pointer},
-            constants(4, True, False, clip, dtype)
+            | dict.fromkeys(("row_scale", "roots", "row_scales"), "*fp32")
+            | {"eps": "fp32", "divisor": "fp32"}
+            | {"out": pointer if not quantised else "*u8" if scaled else "*i8"},
+            constants(4, not scaled, scaled, clip, dtype)
             | {"QUANTISE": quantised, "ADD": add, "GAIN": gain, "EARLY": gain > 0 and elements == few}
-            | {"ROW_SCALE": False, "KEEP": keep > 0, "BLOCK": block, "OVERLAPPED": False},
+            | {"ROW_SCALE": scaled, "KEEP": keep > 0, "BLOCK": block, "OVERLAPPED": False},
             {"num_warps": warps(block, elements)},
             ("LDG.E.128", "STG.E.128" if elements == many or not quantised else "STG.E.64"),
         )

@@ -99,6 +99,7 @@ def test_codes_are_those_of_the_cpu(bits: int, group: int | None, symmetric: boo
         ("quad:rounding=rtn", "w4a4kv4", {}),
         ("rtn", "w4a8kv4", {"activation_static": True, "kv_static": True}),
         ("rtn", "w4a4kv8", {"activation_symmetric": False, "weight_symmetric": False}),
+        ("fptquant:steps=0;local_steps=0;rounding=rtn", "w4a4kv4", {}),
     ],
 )
 def test_the_gpu_computes_what_the_cpu_simulates(
@@ -125,6 +126,9 @@ def test_the_gpu_computes_what_the_cpu_simulates(
         ("quad:rounding=rtn", "w4a4kv4", {}),
         ("quad:rounding=rtn;a8=true", "w4a4", {}),
         ("rtn", "w4a8kv4", {"activation_static": True, "kv_static": True}),
+        ("fptquant:steps=0;local_steps=0;rounding=rtn", "w4a8kv8", {}),
+        ("fptquant:steps=0;local_steps=0;rounding=rtn", "w4a4kv4", {}),
+        ("rtn", "w4a8kv8", {"activation_symmetric": False}),
     ],
 )
 @pytest.mark.parametrize("name", ["qwen3-qk-norm", "llama-gqa-tied", "qwen2-bias-tied"])

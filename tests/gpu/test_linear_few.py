@@ -47,16 +47,24 @@ def integers(m: int, n: int, k: int, seed: int = 0, bits: int = 8) -> tuple[Quan
     x[:, 0], w[:, 0] = -top, -8
     x_scale = torch.exp(3 * torch.randn(m, 1, generator=g))
     w_scale = torch.exp(3 * torch.randn(n, 1, generator=g))
-    return Quantised(x, x_scale, None, None, bits), pack_weight(w, w_scale, None, 4)
+    return Quantised(x, x_scale, None, None, bits), pack_weight(w, w_scale, None, 4, colsum=True)
+
+
+def shifted(x: Quantised, zero: Tensor) -> Quantised:
+    """The same codes, unsigned, beside a zero-point."""
+    codes = (x.codes.int() + 2 ** (x.bits - 1)).to(torch.uint8)
+    return Quantised(codes, x.scale, zero.expand(x.scale.shape), None, x.bits)
 
 
 def cuda_x(x: Quantised) -> Quantised:
-    return Quantised(x.codes.cuda(), x.scale.cuda(), None, x.group, x.bits)
+    zero = None if x.zero is None else x.zero.cuda()
+    return Quantised(x.codes.cuda(), x.scale.cuda(), zero, x.group, x.bits)
 
 
 def cuda_w(w: PackedWeight) -> PackedWeight:
     zero = None if w.zero is None else w.zero.cuda()
-    return PackedWeight(w.packed.cuda(), w.scale.cuda(), zero, w.bits, w.inputs, w.signed, w.axis)
+    sums = None if w.colsum is None else w.colsum.cuda()
+    return PackedWeight(w.packed.cuda(), w.scale.cuda(), zero, w.bits, w.inputs, w.signed, w.axis, sums)
 
 
 @pytest.mark.parametrize("k", [32, 64, 96, 288, 576, 1536, 4096, 14336])
@@ -67,6 +75,21 @@ def test_integer_linear_is_the_reference_bit_for_bit(n: int, k: int) -> None:
             x, w = integers(m, n, k, bits=bits)
             y = few().linear(cuda_x(x), cuda_w(w), dtype=dtype)
             assert same(y, reference.linear(x, w, dtype=dtype)), (m, bits)
+
+
+@pytest.mark.parametrize("k", [32, 288, 4096, 14336])
+@pytest.mark.parametrize("n", [8, 129])
+def test_zero_points_are_taken_bit_for_bit(n: int, k: int) -> None:
+    """One of all rows, in the codes and far from them, and one of each; with scales of rows behind."""
+    for m in (1, 2, 9, 16, 33):
+        for bits, dtype in ((8, torch.bfloat16), (4, torch.float32), (3, torch.float16)):
+            x, w = integers(m, n, k, bits=bits)
+            top, row_scale = 2**bits - 1, torch.rand(m, 1) + 0.5
+            each = torch.randint(top + 1, (m, 1)).float()
+            for zero in (torch.tensor(0.0), torch.tensor([top / 3]).round(), torch.tensor(1e6), each):
+                q = shifted(x, zero)
+                y = few().linear(cuda_x(q), cuda_w(w), row_scale=row_scale.cuda(), dtype=dtype)
+                assert same(y, reference.linear(q, w, row_scale=row_scale, dtype=dtype)), (m, bits, zero)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 300, 4096), (5, 129, 576), (16, 192, 14336), (33, 64, 1536)])
@@ -81,6 +104,9 @@ def test_every_choice_gives_the_same_bits(m: int, n: int, k: int) -> None:
                 cuda_x(x), cuda_w(w), dtype=torch.float32, choice=choice, weights_at_rest=at_rest
             )
             assert same(y, want), choice
+        q = shifted(x, torch.tensor([100.0]))
+        y = few().linear(cuda_x(q), cuda_w(w), dtype=torch.float32, choice=choice)
+        assert same(y, reference.linear(q, w, dtype=torch.float32)), choice
 
 
 def test_rows_that_are_zero_infinite_or_not_numbers_keep_to_themselves() -> None:

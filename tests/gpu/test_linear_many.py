@@ -38,16 +38,24 @@ def operands(
     if rows > 4 and outputs > 4:
         x[1], w[1] = 0, 0
         s_x[2], s_x[3], s_w[2], s_w[3] = 3e4, 1e-30, 1e3, 1e-38
-    return Quantised(x, s_x, None, None, bits), pack_weight(w, s_w, None, 4)
+    return Quantised(x, s_x, None, None, bits), pack_weight(w, s_w, None, 4, colsum=True)
+
+
+def shifted(x: Quantised, zero: Tensor) -> Quantised:
+    """The same codes, unsigned, beside a zero-point."""
+    codes = (x.codes.int() + 2 ** (x.bits - 1)).to(torch.uint8)
+    return Quantised(codes, x.scale, zero.expand(x.scale.shape), None, x.bits)
 
 
 def on_gpu(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.cuda()
     if isinstance(value, Quantised):
-        return replace(value, codes=value.codes.cuda(), scale=value.scale.cuda())
+        zero = None if value.zero is None else value.zero.cuda()
+        return replace(value, codes=value.codes.cuda(), scale=value.scale.cuda(), zero=zero)
     if isinstance(value, PackedWeight):
-        return replace(value, packed=value.packed.cuda(), scale=value.scale.cuda())
+        sums = None if value.colsum is None else value.colsum.cuda()
+        return replace(value, packed=value.packed.cuda(), scale=value.scale.cuda(), colsum=sums)
     return value
 
 
@@ -88,6 +96,34 @@ def test_bias_and_row_scale(rows: int, outputs: int, inputs: int) -> None:
             some = {name: value for name, value in others.items() if name in chosen}
             for dtype in (torch.float32, torch.bfloat16):
                 assert same(run(x, w, dtype=dtype, **some), reference.linear(x, w, dtype=dtype, **some))
+
+
+@pytest.mark.parametrize("rows", [33, 65, 300])
+@pytest.mark.parametrize(("outputs", "inputs"), [(8, 64), (129, 288), (576, 1536), (264, 4096)])
+def test_zero_points(rows: int, outputs: int, inputs: int) -> None:
+    """One of all rows and one of each, with every size of tile, bit for bit."""
+    row_scale = torch.rand(rows, 1) + 0.5
+    for bits in (3, 4, 8):
+        x, w = operands(rows, outputs, inputs, bits=bits, seed=6)
+        top = 2**bits - 1
+        for zero in (torch.tensor(0.0), torch.tensor([float(top)]), torch.randint(top, (rows, 1)).float()):
+            q = shifted(x, zero)
+            for dtype in (torch.bfloat16, torch.float32):
+                expected = reference.linear(q, w, row_scale=row_scale, dtype=dtype)
+                assert same(run(q, w, row_scale=row_scale, dtype=dtype), expected), (bits, zero)
+        rounded = reference.linear(q, w, row_scale=row_scale, dtype=torch.bfloat16)
+        for choice in linear_many.candidates(rows, outputs, inputs)[bits % 2 :: 2]:
+            y = run(q, w, row_scale=row_scale, dtype=torch.bfloat16, choice=choice)
+            assert same(y, rounded), (bits, choice)
+
+
+def test_a_zero_point_that_is_no_code_makes_its_row_nan() -> None:
+    x, w = operands(40, 72, 96)
+    zero = torch.full((40, 1), 100.0)
+    clean = run(shifted(x, zero), w, dtype=torch.bfloat16)
+    zero[3], zero[4], zero[5], zero[6] = -1.0, 256.0, 0.5, NAN
+    y = run(shifted(x, zero), w, dtype=torch.bfloat16)
+    assert bool(y[3:7].isnan().all()) and same(y[7:], clean[7:]) and same(y[:3], clean[:3])
 
 
 def test_scales_that_are_not_finite_stay_in_their_rows() -> None:

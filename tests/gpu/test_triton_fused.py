@@ -154,30 +154,36 @@ def test_rmsnorm(n: int, dtype: torch.dtype, turn: int) -> None:
         {"keep": 5},
         {"add": random(12, 2 * n, seed=6, dtype=dtype)[:, n:], "keep": 5},
         {"add": hard_rows(n, dtype, seed=7).roll(1, 0), "gain": gain, "row_scale": row_scale},
-        {"add": random(12, n, seed=8, dtype=dtype)},
+        {"add": random(12, n, seed=8, dtype=dtype), "row_scale": row_scale},
     ]
     quantisers: list[Any] = [
         {"bits": 4, "symmetric": True},
         {"bits": 8, "symmetric": True, "clip": 0.9},
-        {"bits": 4, "symmetric": False},
+        {"bits": 4, "symmetric": False, "scale": torch.tensor(0.2), "zero": torch.tensor(6.0)},
     ]
     for step in range(4):
         case, quantiser = cases[(turn + 3 * step) % 8], quantisers[(turn + step) % 3]
+        given: Any = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in quantiser.items()}
         there: Any = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in case.items()}
         floats: Any = {k: v for k, v in there.items() if k != "keep"}
         want = pass_reference.rmsnorm_quantise(x, eps=1e-5, **case, **quantiser)
         floor = 1e-5 * (row_scale.double() ** 2 if "row_scale" in case else 1.0)
-        exact = (want.stream.double().square().sum(-1, keepdim=True) / case.get("divisor", n) + floor).sqrt()
-        stream, kept, q, rms = rmsnorm_quantise(x.cuda(), eps=1e-5, **there, **quantiser)
-        assert same(stream, want.stream), case
+        total = x + case["add"] if "add" in case else x
+        exact = (total.double().square().sum(-1, keepdim=True) / case.get("divisor", n) + floor).sqrt()
+        stream, kept, q, rms, scale = rmsnorm_quantise(x.cuda(), eps=1e-5, **there, **given)
         normed = rmsnorm(x.cuda(), eps=1e-5, **floats)
-        assert same(normed.stream, want.stream), case
+        for goes_on, root, new in ((stream, rms, scale), (normed.stream, normed.rms, normed.row_scale)):
+            if "row_scale" in case:
+                assert same(goes_on, (total / root.cpu()).to(dtype)), case
+                assert same(new, row_scale / root.cpu()), case
+            else:
+                assert same(goes_on, total) and new is None, case
         ordinary = torch.tensor([0, 1, 2, 3, 6, 7, 10])
         ordinary = ordinary[exact[ordinary, 0].isfinite() & (exact[ordinary, 0] < 1e18)]
         for root in (rms, normed.rms):
             torch.testing.assert_close(root.cpu()[ordinary], exact[ordinary].float(), rtol=1e-6, atol=0.0)
         # Given the rms, everything else is the reference's to the bit.
-        y, z = ((want.stream / root.cpu()).to(dtype) for root in (rms, normed.rms))
+        y, z = ((total / root.cpu()).to(dtype) for root in (rms, normed.rms))
         y, z = (part * case["gain"] if "gain" in case else part for part in (y, z))
         keep = case.get("keep", 0)
         assert same(kept, y[:, :keep] if keep else None), case

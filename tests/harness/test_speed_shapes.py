@@ -9,6 +9,7 @@ import torch
 
 from harness.speed_shapes import ONLINE, SHAPES, form_bits, online_parts, random_decoder, tiny, vocabulary
 from harness.speed_work import decoder_bytes, kv_bytes, work
+from kernels.packing import unpack
 from methods.decoder import Block, Decoder
 from methods.errors import UserError
 from methods.execution import merge_projections
@@ -116,7 +117,12 @@ def test_online_parts_are_where_methods_put_them() -> None:
 def test_static_ranges_are_one_for_linears_that_read_one_input() -> None:
     decoder = made("w4a8kv8", "fptquant")
     for _, linear in decoder.linears():
-        assert linear.activation is not None and linear.activation.static and linear.input_scale is not None
+        spec, packed = linear.activation, linear.packed
+        assert spec is not None and spec.static and not spec.symmetric and linear.input_scale is not None
+        assert linear.input_zero is not None and 0 < float(linear.input_zero) < 2**spec.bits
+        assert packed is not None and packed.colsum is not None
+        codes = unpack(packed.packed, packed.bits, packed.inputs)
+        assert torch.equal(packed.colsum, codes.int().sum(-1, keepdim=True, dtype=torch.int32))
     block = decoder.layers[0]
     assert isinstance(block, Block)
     assert block.mlp.gate_proj.shares_input_with(block.mlp.up_proj)

@@ -67,7 +67,7 @@ def install(file: str, *beside: str) -> None:
         *("permute", "expand_dims"),
     ):
         setattr(language, name, _late(name))
-    for name in ("constexpr", "float32", "bfloat16", "float16", "int32", "int16", "int64"):
+    for name in ("constexpr", "float64", "float32", "bfloat16", "float16", "int64", "int32", "int16"):
         setattr(language, name, getattr(tl, name))
     for name in (
         *("NVMMADistributedLayout", "BlockedLayout", "DistributedLinearLayout", "SliceLayout"),
@@ -119,7 +119,8 @@ def _late(name: str) -> Any:
 def assembled(
     assembly: Any, constraints: str, arguments: list[Any], dtype: Any, is_pure: bool, pack: int
 ) -> Any:
-    """The result, or the results, of assembly on 32-bit words; conversions of floats by name."""
+    """The result, or the results, of assembly on 32-bit words, or four bytes at once; conversions of floats
+    by name."""
     text = getattr(assembly, "value", assembly)
     if text.startswith("cvt.rn."):
         return arguments[0].to(dtype)
@@ -129,18 +130,15 @@ def assembled(
         return arguments[0]
     if text.startswith("movmatrix"):
         return _turned(arguments[0])
+    if dtype == tl.int8:
+        return _of_bytes(text, arguments[0])
     kinds = dtype if isinstance(dtype, tuple) else (dtype,)
     shape = np.broadcast_shapes(*(x.handle.data.shape for x in arguments))
     registers: dict[str, np.ndarray] = {
         f"${len(kinds) + i}": np.broadcast_to(x.handle.data, shape).view(np.uint32)
         for i, x in enumerate(arguments)
     }
-    for line in re.sub(r"\{|\}|\.reg[^;]*;", "", text).replace("\n", " ").split(";"):
-        if line.strip():
-            name, operands = line.strip().split(None, 1)
-            target, *sources = (each.strip() for each in operands.split(","))
-            values = [registers[s] if s in registers else np.uint32(int(s, 0)) for s in sources]
-            registers[target] = _instruction(name, values)
+    _execute(text, registers)
     results = tuple(
         tl.tensor(
             TensorHandle(np.ascontiguousarray(registers[f"${i}"]).view(np.int32), tl.int32),
@@ -149,6 +147,23 @@ def assembled(
         for i in range(len(kinds))
     )
     return results if isinstance(dtype, tuple) else results[0]
+
+
+def _execute(text: str, registers: dict[str, np.ndarray]) -> None:
+    for line in re.sub(r"\{|\}|\.reg[^;]*;", "", text).replace("\n", " ").split(";"):
+        if line.strip():
+            name, operands = line.strip().split(None, 1)
+            target, *sources = (each.strip() for each in operands.split(","))
+            values = [registers[s] if s in registers else np.uint32(int(s, 0)) for s in sources]
+            registers[target] = _instruction(name, values)
+
+
+def _of_bytes(text: str, x: Any) -> Any:
+    """Of one operand, four of whose numbers make a word."""
+    registers = {"$1": np.ascontiguousarray(x.handle.data).view(np.uint32)}
+    _execute(text, registers)
+    found = np.ascontiguousarray(registers["$0"]).view(np.int8)
+    return tl.tensor(TensorHandle(found, tl.int8), tl.block_type(tl.int8, list(x.shape)))
 
 
 def _turned(x: Any) -> Any:
@@ -166,6 +181,12 @@ def _instruction(name: str, values: list[Any]) -> np.ndarray:
         return np.asarray(values[0])
     if name == "shr.u32":
         return np.asarray(values[0] >> values[1])
+    if name == "shl.b32":
+        return np.asarray(values[0] << values[1])
+    if name == "and.b32":
+        return np.asarray(values[0] & values[1])
+    if name == "xor.b32":
+        return np.asarray(values[0] ^ values[1])
     if name == "lop3.b32":
         a, b, c, table = values
         found = np.uint32(0)

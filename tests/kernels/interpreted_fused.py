@@ -142,27 +142,49 @@ def interpret_rmsnorm() -> None:
             {"gain": gain[:1], "row_scale": row_scale, "divisor": 90},
             {"add": random(11, 200, seed=5, dtype=dtype)[:, 100:196], "keep": 8},
             {"add": x.flip(0), "gain": gain},
+            {"add": x.flip(0), "gain": gain, "row_scale": row_scale, "keep": 8},
+            {"add": random(11, 96, seed=6, dtype=dtype), "row_scale": row_scale},
         ]
         for case in cases:
             quantiser: dict[str, Any] = {"bits": 4, "symmetric": True, "clip": 0.9}
             keep, floats = case.get("keep", 0), {k: v for k, v in case.items() if k != "keep"}
-            stream, kept, q, rms = rmsnorm_module.rmsnorm_quantise(x, eps=1e-5, **case, **quantiser)
+            stream, kept, q, rms, scale = rmsnorm_module.rmsnorm_quantise(x, eps=1e-5, **case, **quantiser)
             want = pass_reference.rmsnorm(x, eps=1e-5, **floats)
             torch.testing.assert_close(rms, want.rms, equal_nan=True)
-            assert same(stream, want.stream) and (stream is x) == ("add" not in case)
             # Given the rms, the rest is the reference's to the bit.
-            y = normalised(stream, rms, case.get("gain"))
+            total = x if "add" not in case else x + case["add"]
+            goes_on(case, total, stream, rms, scale)
+            assert (stream is x) == (case.keys().isdisjoint({"add", "row_scale"}))
+            y = normalised(total, rms, case.get("gain"))
             assert same(kept, y[:, :keep] if keep else None)
             assert same_codes(q, reference.quantise(y[:, keep:], **quantiser)), (dtype, case)
             apart = rmsnorm_module.rmsnorm(x, eps=1e-5, **floats)
             torch.testing.assert_close(apart.rms, want.rms, equal_nan=True)
-            y = normalised(stream, apart.rms, case.get("gain"))
-            assert same(apart.stream, stream) and same(apart.normalised, y), (dtype, case)
-        static: dict[str, Any] = {"bits": 8, "symmetric": True, "scale": torch.tensor(0.1)}
-        for quantiser in (static, {"bits": 4, "symmetric": False}):
-            _, kept, q, rms = rmsnorm_module.rmsnorm_quantise(x, eps=1e-5, keep=1, **quantiser)
-            y = (x / rms).to(dtype)
-            assert same(kept, y[:, :1]) and same_codes(q, reference.quantise(y[:, 1:], **quantiser))
+            y = normalised(total, apart.rms, case.get("gain"))
+            goes_on(case, total, apart.stream, apart.rms, apart.row_scale)
+            assert same(apart.normalised, y), (dtype, case)
+        scale, zero = torch.tensor(0.1), torch.tensor(5.0)
+        quantisers: list[dict[str, Any]] = [
+            {"bits": 8, "symmetric": True, "scale": scale},
+            {"bits": 4, "symmetric": False},
+            {"bits": 4, "symmetric": False, "scale": scale, "zero": zero},
+            {"bits": 8, "symmetric": False, "scale": scale / 9, "zero": 20 * zero},
+        ]
+        ways: list[tuple[int, dict[str, Any]]] = [(1, {}), (0, {"add": x.flip(0), "row_scale": row_scale})]
+        for quantiser in quantisers:
+            for keep, case in ways:
+                found = rmsnorm_module.rmsnorm_quantise(x, eps=1e-5, keep=keep, **case, **quantiser)
+                y = ((x + case["add"] if case else x) / found.rms).to(dtype)
+                assert same(found.kept, y[:, :1] if keep else None)
+                assert same_codes(found.codes, reference.quantise(y[:, keep:], **quantiser)), quantiser
+
+
+def goes_on(case: dict[str, Any], total: Tensor, stream: Tensor, rms: Tensor, scale: Tensor | None) -> None:
+    """The stream behind a norm, and its scale."""
+    if "row_scale" in case:
+        assert same(stream, normalised(total, rms, None)) and same(scale, case["row_scale"] / rms)
+    else:
+        assert same(stream, total) and scale is None
 
 
 def normalised(stream: Tensor, rms: Tensor, gain: Tensor | None) -> Tensor:
@@ -243,7 +265,7 @@ def interpret_hadamard() -> None:
             )
             where = (dtype, n, size, inner, fields)
             assert bool((error <= 1.1 * own + 2.0**-17 * exact.abs().amax(-1)).all()), (where, error, own)
-            for keep, quantiser in list(quantised_how(n))[: 5 if dtype == torch.bfloat16 else 3]:
+            for keep, quantiser in list(quantised_how(n))[: 6 if dtype == torch.bfloat16 else 3]:
                 kept, q = hadamard_module.hadamard_quantise(
                     x, size=size, inner=inner, keep=keep, choice=choice, **quantiser
                 )
@@ -259,6 +281,7 @@ def quantised_how(n: int) -> Iterator[tuple[int, dict[str, Any]]]:
     yield n // 3, {"bits": 4, "symmetric": True, "clip": 0.9}
     yield 0, {"bits": 8, "symmetric": False, "clip": 0.8}
     yield 5, {"bits": 4, "symmetric": False}
+    yield 0, {"bits": 8, "symmetric": False, "scale": torch.tensor(0.05), "zero": torch.tensor(100.0)}
     yield 0, {"bits": 8, "symmetric": True, "scale": torch.tensor(0.05)}
 
 

@@ -80,28 +80,35 @@ def test_rmsnorm_equals_the_module_and_the_quantiser(
     wide = torch.promote_types(dtype, torch.float32)
     row_scale = random(*shape[:-1], 1, seed=2, dtype=wide).abs() + 0.5 if scaled else None
     norm: dict[str, Any] = {"eps": 1e-5, "divisor": divisor, "gain": module.weight, "row_scale": row_scale}
-    stream, kept, q, rms = rmsnorm_quantise(x, **norm, keep=keep, **quantiser)
-    assert stream is x
+    stream, kept, q, rms, scale = rmsnorm_quantise(x, **norm, keep=keep, **quantiser)
     want_rms = module.rms(x, row_scale)
-    y = module(x) if row_scale is None else module.apply_gain((x / want_rms).to(dtype))
+    if row_scale is None:
+        assert stream is x and scale is None
+        y = module(x)
+    else:
+        assert same(stream, (x / want_rms).to(dtype)) and same(scale, row_scale / want_rms)
+        y = module.apply_gain(stream)
     assert rms.dtype == wide and torch.equal(rms, want_rms)
     assert same(kept, y[..., :keep] if keep else None)
     assert same_codes(q, quantise(y[..., keep:], **quantiser))
     floats = rmsnorm(x, **norm)
-    assert floats.stream is x and same(floats.normalised, y) and same(floats.rms, rms)
+    assert same(floats.stream, stream) and same(floats.normalised, y) and same(floats.rms, rms)
+    assert same(floats.row_scale, scale) and (floats.stream is x) == (not scaled)
     # What the simulated path multiplies is the same.
     assert torch.equal(dequantise(q).to(dtype), fake_quantise(y[..., keep:], **quantiser))
 
 
 def test_rmsnorm_against_float64() -> None:
     x, gain, scale = random(5, 24), random(24, seed=1), random(5, 1, seed=2).abs()
-    _, kept, q, rms = rmsnorm_quantise(
+    stream, kept, q, rms, scaled = rmsnorm_quantise(
         x, eps=0.1, divisor=16, gain=gain, row_scale=scale, keep=8, bits=8, symmetric=True
     )
     wide = x.double()
     want = (wide.square().sum(-1, keepdim=True) / 16 + 0.1 * scale.double() ** 2).sqrt()
     torch.testing.assert_close(rms, want.float())
-    assert kept is not None
+    assert kept is not None and scaled is not None
+    torch.testing.assert_close(stream, (wide / want).float())
+    torch.testing.assert_close(scaled, (scale.double() / want).float())
     torch.testing.assert_close(kept, (wide / want * gain)[:, :8].float())
     error = (dequantise(q) - (wide / want * gain)[:, 8:]).abs()
     assert (error <= 0.5001 * q.scale).all()
@@ -114,7 +121,7 @@ def test_rmsnorm_of_zero_and_poisoned_rows() -> None:
     for bad in (NAN, INF, -INF, 3e38):  # the last one's square overflows, so that its row becomes 0
         x[1, 9] = bad
         x[2] = 0.0
-        _, kept, q, rms = rmsnorm_quantise(x, **options)
+        _, kept, q, rms, _ = rmsnorm_quantise(x, **options)
         assert kept is not None and clean.kept is not None
         for i in (0, 3):
             assert torch.equal(kept[i], clean.kept[i]) and torch.equal(rms[i], clean.rms[i])
@@ -123,6 +130,24 @@ def test_rmsnorm_of_zero_and_poisoned_rows() -> None:
         assert (q.codes[2] == 0).all() and (kept[2] == 0).all() and rms[2] == pytest.approx(1e-3)
         values = dequantise(q)[1]
         assert (values == 0).all() if bad == 3e38 else values.isnan().all()
+
+
+@given(st.integers(1, 6), st.floats(1e-3, 10.0), st.integers(0, 9))
+def test_a_scaled_stream_is_the_plain_one_times_its_scale(layers: int, eps: float, seed: int) -> None:
+    """Norms of it are those of the plain stream, however many branches have been added: in float64, by steps
+    that know of no scale."""
+    plain = random(3, 8, seed=seed, dtype=torch.float64)
+    base, scale, branch = plain, torch.ones(3, 1, dtype=torch.float64), None
+    for layer in range(layers):
+        matrix = random(8, 8, seed=10 * seed + layer, dtype=torch.float64)
+        found = rmsnorm(base, add=branch, eps=eps, row_scale=scale)
+        want = plain / (plain.square().mean(-1, keepdim=True) + eps).sqrt()
+        torch.testing.assert_close(found.normalised, want, rtol=1e-10, atol=1e-12)
+        assert found.row_scale is not None
+        base, scale = found.stream, found.row_scale
+        plain = plain + want @ matrix
+        branch = found.normalised @ matrix * scale
+        torch.testing.assert_close(base + branch, scale * plain, rtol=1e-10, atol=1e-12)
 
 
 @given(QUANTISERS, st.sampled_from(DTYPES), st.booleans(), st.sampled_from([0, 4]))

@@ -1,7 +1,11 @@
-"""The linears for few rows, as far as no GPU is needed: what they refuse, and what may be chosen."""
+"""The linears for few rows, as far as no GPU is needed: what they refuse, what may be chosen, and what the
+one for codes computes when Triton interprets it (interpreted_few.py)."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,6 +39,8 @@ def floats(rows: int = 3, inputs: int = 512, dtype: torch.dtype = torch.bfloat16
 
 
 KEPT = torch.zeros(3, 16, dtype=torch.bfloat16)
+SHIFTED = quantise(torch.randn(3, 512), 8, symmetric=False)
+SUMMED = pack_weight(torch.ones(24, 512, dtype=torch.int8), torch.ones(24, 1), None, 4, colsum=True)
 UNSIGNED = pack_weight(torch.zeros(24, 512, dtype=torch.uint8), torch.ones(24, 1), torch.ones(24, 1), 4)
 ALONG_OUTPUTS = pack_weight(torch.zeros(24, 512, dtype=torch.int8), torch.ones(2, 512), None, 4, axis=0)
 
@@ -50,7 +56,12 @@ ALONG_OUTPUTS = pack_weight(torch.zeros(24, 512, dtype=torch.int8), torch.ones(2
         (codes(), weight(bits=3), {}, "3-bit weights"),
         (codes(), weight(group=128), {}, "groups of weights"),
         (codes(), UNSIGNED, {}, "zero-points"),
-        (quantise(torch.randn(3, 512), 8, symmetric=False), weight(), {}, "zero-points"),
+        (SHIFTED, weight(), {}, "zero-points and a weight without the sums of its codes"),
+        (SHIFTED, SUMMED, {}, None),
+        (replace(SHIFTED, zero=torch.zeros(())), SUMMED, {}, r"zero-points \(\) in torch\.float32"),
+        (replace(SHIFTED, zero=torch.zeros(3, 1).double()), SUMMED, {}, r"zero-points \(3, 1\) in"),
+        (replace(SHIFTED, zero=None), SUMMED, {}, "torch.uint8 inputs without zero-points"),
+        (replace(codes(), zero=torch.zeros(3, 1)), SUMMED, {}, "torch.int8 inputs with zero-points"),
         (quantise(torch.randn(3, 512), 8, symmetric=True, group=64), weight(), {}, "groups of inputs"),
         (codes(), weight(), {"dtype": torch.float64}, r"torch\.float64 results"),
         (codes(), weight(), {"x_keep": KEPT, "w_keep": KEPT.new_zeros(24, 16)}, None),
@@ -108,12 +119,17 @@ def elsewhere(x: torch.Tensor) -> torch.Tensor:
     return x.to("meta")
 
 
-@pytest.mark.parametrize("place", ["packed", "scale", "zero", "x", "x_keep", "w_keep", "row_scale", "bias"])
+@pytest.mark.parametrize(
+    "place",
+    ["packed", "scale", "zero", "colsum", "x", "x.zero", "x_keep", "w_keep", "row_scale", "bias"],
+)
 @pytest.mark.parametrize(
     "module, x, w",
     [
         (linear_few, codes(), weight()),
         (linear_many, codes(), weight()),
+        (linear_few, SHIFTED, SUMMED),
+        (linear_many, SHIFTED, SUMMED),
         (linear_a16, floats(), UNSIGNED),
         (dequantise, floats(), UNSIGNED),
     ],
@@ -123,6 +139,8 @@ def test_operands_on_several_devices_and_gradients_are_refused(
 ) -> None:
     """Whichever operand it is: no kernel reads another GPU's memory, and none has a gradient."""
     if ("keep" in place and module is linear_a16) or (place == "zero" and w.zero is None):
+        return
+    if place in ("colsum", "x.zero") and x is not SHIFTED:
         return
     given: dict[str, Any] = {"bias": torch.zeros(24), "row_scale": torch.ones(3, 1)}
     if "keep" in place:
@@ -135,14 +153,16 @@ def test_operands_on_several_devices_and_gradients_are_refused(
         if place == "x":
             other = change(x) if isinstance(x, torch.Tensor) else replace(x, scale=change(x.scale))
             return module.unsupported(other, w, dtype=torch.bfloat16, **given)
-        if place in ("packed", "scale", "zero"):
+        if place == "x.zero":
+            return module.unsupported(replace(x, zero=change(x.zero)), w, dtype=torch.bfloat16, **given)
+        if place in ("packed", "scale", "zero", "colsum"):
             fields: dict[str, Any] = {place: change(getattr(w, place))}
             held = replace(w, **fields)
             return module.unsupported(x, held, dtype=torch.bfloat16, **given)
         return module.unsupported(x, w, dtype=torch.bfloat16, **{**given, place: change(given[place])})
 
     assert reason(elsewhere) == "operands on several devices"
-    if place != "packed":
+    if place not in ("packed", "colsum"):  # whole numbers
         assert reason(lambda t: t.clone().requires_grad_()) == "inputs that need gradients"
         with torch.no_grad():
             assert reason(lambda t: t.clone().requires_grad_()) is None
@@ -232,3 +252,15 @@ def test_the_next_blocks_are_on_their_way_while_one_is_multiplied(inputs: int) -
     assert first == 2 * "wwww"
     assert rest.startswith(2 * (32 * "p" + "wwww" + "bb"))
     assert rest.count("w") == 8 and rest.count("p") == 64
+
+
+def test_the_interpreted_kernel() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.kernels.interpreted_few"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parent.parent.parent,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == ["few"]

@@ -162,12 +162,12 @@ def test_two_groups_take_turns_in_slots_of_their_own(pairs: int, counts: list[in
 
 
 def operands(
-    tokens: int = 3, outputs: int = 8, inputs: int = 64, a_bits: int = 4
+    tokens: int = 3, outputs: int = 8, inputs: int = 64, a_bits: int = 4, symmetric: bool = True
 ) -> tuple[Quantised, PackedWeight]:
     generator = torch.Generator().manual_seed(1)
-    x = quantise(torch.randn(tokens, inputs, generator=generator), a_bits, symmetric=True)
+    x = quantise(torch.randn(tokens, inputs, generator=generator), a_bits, symmetric=symmetric)
     w = quantise(torch.randn(outputs, inputs, generator=generator), 4, symmetric=True)
-    return x, pack_weight(w.codes, w.scale, None, 4)
+    return x, pack_weight(w.codes, w.scale, None, 4, colsum=not symmetric)
 
 
 def why(x: Tensor | Quantised, w: PackedWeight, **others: Any) -> str | None:
@@ -184,18 +184,23 @@ def test_what_is_supported() -> None:
     }
     assert why(x, w, row_scale=torch.ones(3, 1), **keep) is None
     assert why(operands(tokens=0)[0], w) is None
+    for bits in (4, 8):
+        assert why(*operands(a_bits=bits, symmetric=False), row_scale=torch.ones(3, 1)) is None
 
 
 def test_what_is_refused() -> None:
     x, w = operands()
     grouped = quantise(torch.randn(8, 64), 4, symmetric=True, group=32)
+    shifted, _ = operands(symmetric=False)
     refused = {
         "floating-point inputs": why(torch.zeros(3, 64), w),
         "8-bit weights": why(x, replace(w, bits=8)),
         "groups along axis 0": why(x, replace(w, axis=0)),
         "groups of weights": why(x, pack_weight(grouped.codes, grouped.scale, None, 4)),
         "groups of inputs": why(replace(x, scale=torch.ones(3, 2)), w),
-        "inputs with zero-points": why(replace(x, zero=torch.zeros(3, 1)), w),
+        "inputs with zero-points and a weight without the sums of its codes": why(shifted, w),
+        "torch.int8 inputs with zero-points": why(replace(x, zero=torch.zeros(3, 1)), w),
+        "K = 65536 could leave 32-bit integers": why(*operands(1, 1, 65536, symmetric=False)),
         "weights with zero-points": why(x, replace(w, zero=torch.zeros(8, 1))),
         "scales that are not float32": why(replace(x, scale=x.scale.double()), w),
         "torch.float64 results": why(x, w, dtype=torch.float64),

@@ -142,11 +142,25 @@ def test_inputs_that_need_gradients_are_refused_where_there_are_any(monkeypatch:
     assert {rmsnorm_module.unsupported(x, eps=0.0, **some, **plain) for some in learned} == {
         "inputs that need gradients"
     }
-    scale = torch.ones(1, requires_grad=True)
-    assert quantise_module.unsupported(x, scale=scale, **plain) == "a static scale that needs gradients"
+    one: Any = torch.ones(1)
+    shifted: dict[str, Any] = {"bits": 4, "symmetric": False}
+    ranges: Any = {
+        "scale": {"scale": one.clone().requires_grad_(), "zero": one},
+        "zero-point": {"scale": one, "zero": one.clone().requires_grad_()},
+    }
+
+    def of_range(static: dict[str, Any]) -> set[str | None]:
+        return {
+            quantise_module.unsupported(x, **static, **shifted),
+            rmsnorm_module.unsupported(x, eps=0.0, **static, **shifted),
+            hadamard_module.unsupported(x, size=64, **static, **shifted),
+        }
+
+    for name, static in ranges.items():
+        assert of_range(static) == {f"a static {name} that needs gradients"}
     with torch.no_grad():
         assert reasons(needs, ({}, *learned)) == {None}
-        assert quantise_module.unsupported(x, scale=scale, **plain) is None
+        assert set().union(*map(of_range, ranges.values())) == {None}
     with torch.inference_mode():
         assert reasons(needs, ({}, *learned)) == {None}
 
@@ -203,6 +217,7 @@ def facts_of(name: str, overlapped: bool = False) -> tuple[compiled.Compilation,
         ("quantise bf16-14336-a4-gate", 14336, 64, 34),
         ("rmsnorm_quantise bf16-4096-add", 4096, 64, 34),
         ("rmsnorm_quantise bf16-4096-add-floats", 4096, 64, 28),
+        ("rmsnorm_quantise bf16-4096-add-scaled-static", 4096, 64, 40),
         ("hadamard_quantise bf16-8192-gate", 8192, 128, 32),
         ("hadamard_quantise bf16-14336-gate", 14336, 128, 32),
         ("hadamard_quantise bf16-14336-gate-clip", 14336, 128, 35),
