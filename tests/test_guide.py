@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from harness import compare
 from tests import families
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +64,7 @@ def parses_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_are_commands_to_check() -> None:
+    assert len(COMPARISONS) >= 2
     assert len(ALL) > 40
     assert sum(page == GUIDE for page, _ in ALL) > 12
     assert {words[2] for _, words in ALL if words[1:2] == ["-m"]} >= {
@@ -124,6 +126,23 @@ def test_the_sections_of_a_report_that_the_guide_names_are_there(root: Path) -> 
     headings = set(re.findall(r"^#+ (.+)$", report, re.M))
     assert len(named) > 8
     assert named <= headings
+
+
+COMPARISONS = [
+    words
+    for _, words in ALL
+    if words[1:3] == ["-m", "harness.compare"] and all("reference" in word for word in words[3:5])
+]
+
+
+@pytest.mark.parametrize("words", COMPARISONS, ids=lambda words: " ".join(words[3:]))
+def test_every_comparison_of_kept_runs_can_be_made(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both sides scored the same documents."""
+    monkeypatch.chdir(ROOT)
+    assert compare.main(words[3:]) == 0
+    assert "perplexity_wikipedia" in capsys.readouterr().out
 
 
 # The worked example
