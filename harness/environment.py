@@ -26,7 +26,7 @@ _PRESENTATION = {
     f"harness/{name}.py"
     for name in (
         *("report", "records", "tables", "figures", "ablation", "gains", "learning", "plots"),
-        *("compare", "costs"),
+        *("compare", "costs", "archive"),
         *("stats", "inference", "evidence", "fidelity"),
         *("gate", "baseline", "movement", "judgement", "recording", "trial"),
         *("grid", "engine", "worker", "store", "progress"),

@@ -34,7 +34,8 @@ def gains_section(model: Model) -> list[str]:
         found = [_estimates(row, reference, column, problems) for column in columns]
         seeds = max(map(len, found), default=0)
         if seeds:
-            said = PAPERS.get((_name(row), _name(reference)), "–") if _plain(row) else "–"
+            known = _plain(row) and _option(reference, "start") in (True, "hadamard")
+            said = PAPERS.get((_name(row), _name(reference)), "–") if known else "–"
             shown = [change_text(inference.over_seeds(each)) if each else "–" for each in found]
             lines.append([row.bits, row.label, reference.label, seeds, *shown, said])
     if not lines:

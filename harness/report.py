@@ -1,6 +1,6 @@
 """The report of a run: Markdown and figures from the cells' records, and the table for the terminal.
 
-    python -m harness.report RUN_FOLDER
+    python -m harness.report RUN_FOLDER, or an archive of one (harness/archive.py)
 
 It reads <run>/<cell id>/cell.json with the samples beside it and writes <run>/report.md and
 <run>/figures/*.svg. Equal records give equal bytes. Costs are measured and vary, so they stand in a
@@ -19,6 +19,7 @@ from tabulate import tabulate
 
 from harness import store
 from harness.ablation import ablation_section, online_section
+from harness.archive import opened
 from harness.boosting import boosting_section
 from harness.costs import cost_section
 from harness.equal_bits import equal_bits_section
@@ -310,12 +311,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m harness.report", description="Write the report of a run."
     )
-    parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="a folder that the grid wrote")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the report goes (default: RUN_FOLDER)")
+    what = "a folder that the grid wrote, or its archive"
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help=what)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the report goes (default: RUN)")
     arguments = parser.parse_args(argv)
     try:
         refuse_foreign_kernels()
-        print(write_report(arguments.run_folder, arguments.out))
+        if arguments.out is None and arguments.run_folder.is_file():
+            raise UserError(f"{arguments.run_folder} is an archive: say with --out where the report goes")
+        with opened(arguments.run_folder) as folder:
+            print(write_report(folder, arguments.out))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
