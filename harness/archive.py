@@ -27,8 +27,8 @@ from methods.errors import UserError
 
 SUFFIX = ".tar.xz"
 MEMBER = re.compile(r"\w[\w.+-]*/(run\.json|\w+/cell\.json|\w+/samples/\w[\w.+-]*\.jsonl)")
-LARGEST = 1 << 30
-"""Bytes that an archive may unpack to."""
+LARGEST, MOST = 1 << 30, 100_000
+"""Bytes and files that an archive may unpack to."""
 
 
 def pack(run: Path, archive: Path) -> None:
@@ -69,11 +69,15 @@ def pack(run: Path, archive: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def is_archive(run: Path) -> bool:
+    return run.name.endswith(SUFFIX) and run.is_file()
+
+
 @contextmanager
 def opened(run: Path) -> Iterator[Path]:
     """The folder of a run: `run` itself or, where that is an archive, what it unpacks to for as long as this
-    lasts; of the same name. UserError where the archive is damaged or holds anything else."""
-    if not (run.name.endswith(SUFFIX) and run.is_file()):
+    lasts; of the same name. UserError where the archive is damaged, holds anything else, or finds no room."""
+    if not is_archive(run):
         yield run
         return
     with tempfile.TemporaryDirectory(prefix="quantgrid-run-") as scratch:
@@ -83,20 +87,24 @@ def opened(run: Path) -> Iterator[Path]:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    left = LARGEST
+    left, top = LARGEST, ""
     try:
         with tarfile.open(archive, "r:xz") as tar:
-            for member in tar:
-                left -= member.size
-                if not (member.isreg() and MEMBER.fullmatch(member.name)) or left < 0:
-                    raise UserError(f"archive {archive}: {member.name!r} is no part of a run")
-                target = folder / member.name.partition("/")[2]
+            for number, member in enumerate(tar):
+                root, _, inside = member.name.partition("/")
+                top, left = top or root, left - member.size
+                fits = 0 <= left <= LARGEST and number < MOST and root == top
+                if not (fits and member.isreg() and MEMBER.fullmatch(member.name)):
+                    raise UserError(f"archive {archive}: {member.name[:80]!r} is no part of a run")
+                target = folder / inside
                 target.parent.mkdir(parents=True, exist_ok=True)
                 content = tar.extractfile(member)
                 assert content is not None
                 target.write_bytes(content.read())
     except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
         raise UserError(f"archive {archive} is damaged ({error}): pack the run again") from error
+    except OSError as error:
+        raise UserError(f"archive {archive}: cannot be unpacked: {store.os_reason(error)}") from error
     folder.mkdir(exist_ok=True)
 
 

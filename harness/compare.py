@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import inference, stats, store, within
-from harness.archive import opened
+from harness.archive import is_archive, opened
 from harness.markdown import plain, table
 from harness.records import Cell, Column, columns_of, read_cell, read_run
 from harness.stats import Estimate, Paired
@@ -96,6 +96,8 @@ def open_side(text: str) -> Side:
         run = read_run(path)
         return Side(text, run.cells, True, [f"{name}: {reason}" for name, reason in run.missing])
     folder, _, prefix = text.rpartition(":")
+    if is_archive(Path(folder)):
+        raise UserError(f"{text}: cells of an archive cannot be named; give the archive, or unpack it")
     found = sorted(found.parent for found in Path(folder).glob(f"*/{store.RECORD}"))
     found = [cell for cell in found if prefix and cell.name.startswith(prefix)]
     if len(found) != 1:

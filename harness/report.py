@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from harness import store
 from harness.ablation import ablation_section, online_section
-from harness.archive import opened
+from harness.archive import is_archive, opened
 from harness.boosting import boosting_section
 from harness.costs import cost_section
 from harness.equal_bits import equal_bits_section
@@ -317,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         refuse_foreign_kernels()
-        if arguments.out is None and arguments.run_folder.is_file():
+        if arguments.out is None and is_archive(arguments.run_folder):
             raise UserError(f"{arguments.run_folder} is an archive: say with --out where the report goes")
         with opened(arguments.run_folder) as folder:
             print(write_report(folder, arguments.out))

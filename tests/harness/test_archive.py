@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tarfile
 from io import BytesIO
 from pathlib import Path
@@ -115,3 +117,36 @@ def test_a_run_that_is_not_whole_is_not_packed(run: Path, spoil, message, capsys
 def test_other_names_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert archive.main([str(run), str(run.parent / "study.zip")]) == 2
     assert ".tar.xz" in capsys.readouterr().err
+
+
+def test_two_folders_are_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "bad.tar.xz"
+    with tarfile.open(target, "w:xz") as tar:
+        for name in ("one/a/cell.json", "two/a/cell.json"):
+            about = tarfile.TarInfo(name)
+            about.size = 2
+            tar.addfile(about, BytesIO(b"{}"))
+    assert report.main([str(target), "--out", str(tmp_path / "out")]) == 2
+    assert "'two/a/cell.json' is no part of a run" in capsys.readouterr().err
+
+
+def test_no_room_is_one_line(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = packed(run)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    capsys.readouterr()
+    assert report.main([str(target), "--out", str(run.parent / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: archive {target}: cannot be unpacked: ")
+    assert error.count("\n") == 1
+
+
+def test_a_cell_of_an_archive_is_not_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = packed(run)
+    assert compare.main([f"{target}:ab", str(run)]) == 2
+    assert "give the archive" in capsys.readouterr().err
