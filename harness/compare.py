@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import inference, stats, store, within
+from harness.archive import is_archive, opened
 from harness.markdown import plain, table
 from harness.records import Cell, Column, columns_of, read_cell, read_run
 from harness.stats import Estimate, Paired
@@ -95,6 +96,8 @@ def open_side(text: str) -> Side:
         run = read_run(path)
         return Side(text, run.cells, True, [f"{name}: {reason}" for name, reason in run.missing])
     folder, _, prefix = text.rpartition(":")
+    if is_archive(Path(folder)):
+        raise UserError(f"{text}: cells of an archive cannot be named; give the archive, or unpack it")
     found = sorted(found.parent for found in Path(folder).glob(f"*/{store.RECORD}"))
     found = [cell for cell in found if prefix and cell.name.startswith(prefix)]
     if len(found) != 1:
@@ -371,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m harness.compare", description="Compare two runs, or two cells, document by document."
     )
-    where = "a run folder, a cell's folder, or RUN_FOLDER:CELL_ID_PREFIX"
+    where = "a run folder, its archive, a cell's folder, or RUN_FOLDER:CELL_ID_PREFIX"
     parser.add_argument("a", metavar="A", help=where)
     parser.add_argument("b", metavar="B", help="the same kind of thing; differences are B minus A")
     form = parser.add_mutually_exclusive_group()
@@ -384,8 +387,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         refuse_foreign_kernels()
-        a, b = open_side(arguments.a), open_side(arguments.b)
-        comparison = compare(a, b)
+        with opened(Path(arguments.a)) as first, opened(Path(arguments.b)) as second:
+            a = replace(open_side(str(first)), name=arguments.a)
+            b = replace(open_side(str(second)), name=arguments.b)
+            comparison = compare(a, b)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -29,7 +29,7 @@ _PRESENTATION = {
     for name in (
         *("report", "records", "tables", "figures", "ablation", "gains", "learning", "plots"),
         *("comparison_plots", "inputs", "page", "reproduce", "tradeoffs"),
-        *("compare", "costs"),
+        *("compare", "costs", "archive"),
         *("stats", "inference", "evidence", "fidelity"),
         *("gate", "baseline", "movement", "judgement", "recording", "trial"),
         *("grid", "engine", "ray_engine", "watch", "worker", "store", "progress"),

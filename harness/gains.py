@@ -35,7 +35,8 @@ def gains_section(model: Model) -> list[str]:
         found = [_estimates(row, reference, column, problems) for column in columns]
         seeds = max(map(len, found), default=0)
         if seeds:
-            said = _claimed(row, reference) if _plain(row) else "–"
+            known = _plain(row) and _option(reference, "start") in (True, "hadamard")
+            said = _claimed(row, reference) if known else "–"
             shown = [change_text(inference.over_seeds(each)) if each else "–" for each in found]
             flags += flags_of(model.record, row)
             label = f"{row.label} {flags_of(model.record, row)}".strip()

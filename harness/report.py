@@ -1,6 +1,6 @@
 """The report of a run: Markdown and figures from the cells' records, and the table for the terminal.
 
-    python -m harness.report RUN_FOLDER
+    python -m harness.report RUN               # a folder that the grid wrote, or its archive (archive.py)
     python -m harness.report --published       # what papers report, which reports set beside ours
 
 It reads <run>/<cell id>/cell.json with the samples beside it and writes <run>/report.md, <run>/figures/*.svg
@@ -21,6 +21,7 @@ from tabulate import tabulate
 
 from harness import published, store
 from harness.ablation import ablation_section, online_section
+from harness.archive import is_archive, opened
 from harness.beside import beside_section
 from harness.boosting import boosting_section
 from harness.costs import cost_section
@@ -347,14 +348,14 @@ def parser() -> argparse.ArgumentParser:
     )
     what = result.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "run_folder", type=Path, nargs="?", metavar="RUN_FOLDER", help="a folder that the grid wrote"
+        "run_folder", type=Path, nargs="?", metavar="RUN", help="a folder that the grid wrote, or its archive"
     )
     what.add_argument("--published", action="store_true", help="what papers report (methods/published)")
     result.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help="where it goes (default: RUN_FOLDER; --published: the terminal)",
+        help="where it goes (default: RUN; --published: the terminal)",
     )
     return result
 
@@ -364,7 +365,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         refuse_foreign_kernels()
         if not arguments.published:
-            print(write_report(arguments.run_folder, arguments.out))
+            if arguments.out is None and is_archive(arguments.run_folder):
+                raise UserError(f"{arguments.run_folder} is an archive: say with --out where the report goes")
+            with opened(arguments.run_folder) as folder:
+                print(write_report(folder, arguments.out))
         elif arguments.out is not None:
             print(published.write(arguments.out))
         else:

@@ -33,7 +33,7 @@ def sample_blocks(model: Decoder, calibration: Tensor, rows: int, ctx: Context) 
     calibration [samples, length] as likely as any other, by a generator seeded from `ctx.seed`.
 
     Which tokens is settled before the pass, so that nothing else is ever kept. Beside the sample, memory
-    holds the hidden states of all tokens and, on `ctx.device`, one block. The model is left as it is.
+    holds, on `ctx.device`, one block and the hidden states of all tokens. The model is left as it is.
     """
     config = model.config
     count, length = calibration.shape
@@ -41,21 +41,24 @@ def sample_blocks(model: Decoder, calibration: Tensor, rows: int, ctx: Context) 
     inputs = torch.empty(2 * config.layers, rows, config.hidden_size, dtype=STORED)
     values = torch.empty(config.layers, rows, config.kv_heads, config.head_dim, dtype=STORED)
     generator = torch.Generator().manual_seed(ctx.seed)
-    states = [model.embed(row[None].to(model.device)) for row in calibration]
+    states = model.batches(calibration, ctx.device)
     for layer, block in model.stream_blocks(ctx.device):
         own = folded(block)
-        seen: list[Tensor] = []  # of one sequence: attention's input, values, MLP's input
+        seen: list[Tensor] = []  # of one batch: attention's input, values, MLP's input
         own.self_attn.q_proj.observer = seen.append
         own.self_attn.kv_observer = lambda _, value, seen=seen: seen.append(value.transpose(1, 2))
         own.mlp.gate_proj.observer = seen.append
         stores = (inputs[2 * layer], values[layer], inputs[2 * layer + 1])
         chosen = [torch.randperm(count * length, generator=generator)[:rows].sort().values for _ in stores]
-        for number in range(count):
+        begin = 0
+        for number, state in enumerate(states):
             seen.clear()
-            states[number] = model.through(own, states[number])
+            states[number] = model.through(own, state)
+            end = begin + state.stream.shape[0] * length
             for store, places, x in zip(stores, chosen, seen, strict=True):
-                first, last = torch.searchsorted(places, torch.tensor([number, number + 1]) * length).tolist()
-                inside = places[first:last] - number * length
-                store[first:last] = x[0, inside.to(x.device)].to("cpu", STORED)
+                first, last = torch.searchsorted(places, torch.tensor([begin, end])).tolist()
+                inside = places[first:last] - begin
+                store[first:last] = x.flatten(0, 1)[inside.to(x.device)].to("cpu", STORED)
+            begin = end
         ctx.report("sampling block inputs", layer + 1, config.layers)
     return Sample(inputs, values)

@@ -45,6 +45,8 @@ __all__ = [
     "parts_of",
 ]
 
+TOGETHER = 8192
+"""Calibration tokens that pass a block together on a GPU."""
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """The linears that one merged linear stands for, in the order of its outputs."""
 
@@ -254,6 +256,14 @@ class Decoder(nn.Module):
                 *ids.shape, 1, dtype=torch.promote_types(stream.dtype, torch.float32), device=ids.device
             )
         return State(stream, scale)
+
+    def batches(self, ids: Tensor, device: torch.device) -> list[State]:
+        """The states of calibration tokens ids [samples, length] that enter the first block, on `device`,
+        where `stream_blocks` puts the block that works on them. On a CPU a state is one sequence; on a GPU,
+        which would wait for launches, it is as many as have TOGETHER tokens.
+        """
+        together = max(1, TOGETHER // ids.shape[1]) if device.type == "cuda" else 1
+        return [self.embed(rows.to(self.device)).to(device) for rows in ids.split(together)]
 
     def logits(self, state: State) -> Tensor:
         """[B, T, vocab] from the state that leaves the last block."""

@@ -27,23 +27,22 @@ def second_moment(
 
     normalised: every row counts alike, divided by its root mean square, which is another method. centred: the
     mean over channels has been subtracted from the embedding. Products are summed in float64, one block on
-    `ctx.device` at a time; beside it and the matrix, memory holds the stream of all tokens.
+    `ctx.device` at a time, which holds the stream of all tokens beside it.
     """
-    states = [model.embed(row[None].to(model.device)) for row in calibration]
+    states = model.batches(calibration, ctx.device)
     if centred:
         states = [State(state.stream - state.stream.mean(-1, keepdim=True)) for state in states]
     width, rows = model.config.hidden_size, 0
     total = torch.zeros(width, width, dtype=torch.float64, device=ctx.device)
     for index, block in model.stream_blocks(ctx.device):
         for number, state in enumerate(states):
-            before = state.to(ctx.device)
-            middle, after = _halves(model, block, before)
-            for x in (before.stream, middle.stream):
+            middle, after = _halves(model, block, state)
+            for x in (state.stream, middle.stream):
                 x = x.flatten(0, 1).to(torch.float64)
                 x = x / x.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30) if normalised else x
                 total.addmm_(x.T, x)
                 rows += x.shape[0]
-            states[number] = after.to(model.device)
+            states[number] = after.to(ctx.device)
         ctx.report("second moment of the stream", index + 1, model.config.layers)
     return (total / rows).cpu()
 

@@ -72,7 +72,7 @@ def static_ranges(
     tensors, so that their input is quantised once. The model's activation quantisers must be off.
     """
     tensors: dict[str, Tensor] = {}
-    states = [model.embed(row[None].to(model.device)) for row in calibration]
+    states = model.batches(calibration, ctx.device)
     for index, block in model.stream_blocks(ctx.device):
         prefix = f"layers.{index}."
         inputs = _watch_inputs(block, prefix, plan, collector)

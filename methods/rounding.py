@@ -103,7 +103,7 @@ def round_weights(
     if rounding == "gptq":
         if calibration is None:
             raise UserError("gptq needs calibration tokens")
-        states = [model.embed(row[None].to(model.device)) for row in calibration]
+        states = model.batches(calibration, ctx.device)
     for index, block in model.stream_blocks(ctx.device):
         named = dict(block.linears())
         for site in SITES:

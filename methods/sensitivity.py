@@ -77,7 +77,7 @@ def activation_sensitivity(
     hidden states of the calibration tokens. The model is left as it is.
     """
     found: dict[str, Layers] = {reading: {part: [] for part in PARTS} for reading in READINGS}
-    states = [model.embed(row[None].to(model.device)) for row in calibration]
+    states = model.batches(calibration, ctx.device)
     for index, block in model.stream_blocks(ctx.device):
         rounded = {
             name: rounder(weight=linear.weight, spec=_fitting(linear, spec))

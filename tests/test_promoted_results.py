@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 from harness import compare, stats
+from harness.archive import opened
+from harness.gains import change_text
 from harness.records import Cell, read_cell, read_run
 from harness.report import write_report
 from kernels import verdicts
@@ -73,10 +76,107 @@ def test_the_int4_run_held_and_ran_codes(root: Path) -> None:
     assert steps > 100, "tokens behind the prefills"
 
 
-@pytest.mark.parametrize("name", ["quick", "seeds", "int4"])
+@pytest.mark.parametrize("name", ["quick", "seeds", "int4", "rotations.tar.xz", "gpu-h200.tar.xz"])
 def test_reports_are_what_the_results_give(root: Path, tmp_path: Path, name: str) -> None:
-    path = write_report(root / "results" / "reference" / name, tmp_path)
-    assert path.read_text() == (root / "reports" / name / "report.md").read_text()
+    with opened(root / "results" / "reference" / name) as run:
+        path = write_report(run, tmp_path)
+        assert path.read_text() == (root / "reports" / run.name / "report.md").read_text()
+
+
+def test_what_learned_rotations_bring_is_what_the_docs_say(root: Path) -> None:
+    readme = (root / "docs" / "methods.md").read_text()
+    report = (root / "reports" / "rotations" / "report.md").read_text()
+    gains = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in report.partition("### Does learning the rotation pay?")[2].splitlines()
+        if line.startswith("| w4a4kv4")
+    ]
+    plain = {(name.removesuffix(" (gptq)"), against): rest for _, name, against, *rest in gains}
+    for method in ("kurtail", "spinquant", "spinquant:start=kurtail"):
+        assert f"| {' | '.join((method, *plain[method, 'quarot (gptq)']))} |" in readme
+    wikipedia, news = plain["kurtail", "spinquant (gptq)"][1:3]
+    flat = " ".join(readme.split())
+    for text, said in (("Wikipedia", wikipedia), ("news", news)):
+        assert f"{said.replace(' [', ' % [')} on {text}" in flat
+    spreads = re.findall(r"^\| (\(before\)|kurtail \(gptq\)|quarot \(gptq\)) +\| +([\d.]+) \|", report, re.M)
+    before, learned, drawn = (dict(spreads)[name] for name in ("(before)", "kurtail (gptq)", "quarot (gptq)"))
+    assert f"from {float(before):.1f} to {learned}, a Hadamard matrix to {drawn}" in flat
+    assert float(learned) <= 2.1
+
+
+def test_what_learning_rotations_took_is_what_the_docs_say(root: Path) -> None:
+    """The study's quick presets, the papers' budgets, and what is shipped."""
+    flat = " ".join((root / "docs" / "methods.md").read_text().split())
+    costs: dict[str, list[Any]] = {}
+    for name in ("rotations", "rotations-paper"):
+        with opened(root / "results" / "reference" / f"{name}.tar.xz") as run:
+            for cell in read_run(run).cells:
+                facts = cell.record["measured"].get("learned") or {}
+                costs.setdefault(cell.record["method"]["spec"], []).extend(facts.values())
+
+    def ranges(method: str, what: str) -> tuple[float, float]:
+        found = [fact[what] for fact in costs[method]]
+        return min(found), max(found)
+
+    quick, capture = ranges("kurtail", "learn_seconds"), ranges("kurtail", "capture_seconds")
+    slow = ranges("spinquant", "learn_seconds")
+    took = "KurTail {:.1f} to {:.1f} s behind a capture of {:.0f} to {:.0f} s, SpinQuant {:.1f} to {:.1f} s"
+    assert took.format(*quick, *capture, *slow) in flat
+    assert 4 * quick[1] <= slow[0]
+    variants = [name for name in costs if name.startswith("kurtail") and "preset" not in name]
+    held, sample = (
+        max(ranges(name, what)[1] for name in variants) / 2**20
+        for what in ("learn_peak_bytes", "sample_bytes")
+    )
+    least, most = (size / 2**20 for size in ranges("spinquant", "learn_peak_bytes"))
+    assert (
+        f"at the most {held:.0f} MiB (with the sample, which waits on the host, {held + sample:.0f}) "
+        f"against {most:.0f}"
+    ) in flat
+    assert 4 * held <= least
+    [fast], [long] = costs["kurtail:preset=paper"], costs["spinquant:preset=paper"]
+    assert (
+        f"KurTail {fast['learn_seconds']:.1f} s behind a capture of {fast['capture_seconds']:.0f} s, "
+        f"SpinQuant {long['learn_seconds']:.0f} s"
+    ) in flat
+    for fact in (fast, long):
+        assert sum(value for name, value in fact.items() if name.endswith("_seconds")) <= 180
+
+
+def test_what_the_papers_budgets_bring_is_what_the_docs_say(root: Path) -> None:
+    flat = " ".join((root / "docs" / "methods.md").read_text().split())
+    with opened(root / "results" / "reference" / "rotations-paper.tar.xz") as run:
+        cells = {cell.record["method"]["name"]: cell for cell in read_run(run).cells}
+        for method, said in (
+            ("spinquant", "by {} on Wikipedia and by {} on news"),
+            ("kurtail", "KurTail by {} and {}"),
+        ):
+            shown = []
+            for task in (TASK, "perplexity_news"):
+                paired = stats.paired_log_perplexity(
+                    cells["quarot"].samples(task), cells[method].samples(task)
+                )
+                shown.append(change_text(paired).replace(" [", " % ["))
+            assert said.format(*shown) in flat
+
+
+def test_the_cells_on_a_gpu_are_what_the_readme_says(root: Path) -> None:
+    flat = " ".join((root / "README.md").read_text().split())
+    with opened(root / "results" / "reference" / "gpu-h200.tar.xz") as run:
+        cells = {(cell.record["method"]["name"], str(cell.bits)): cell for cell in read_run(run).cells}
+    assert len(cells) == 10
+    assert all(cell.state == "done" for cell in cells.values())
+    level = {key: cell.task(TASK)["metrics"]["perplexity"]["value"] for key, cell in cells.items()}
+    assert (
+        f"is {level['quarot', 'w4a8kv8']:.2f} at w4a8kv8 and {level['quarot', 'w4a4kv4']:.2f} at w4a4kv4 "
+        f"(float: {level['float', 'w16a16']:.2f})"
+    ) in flat
+    speeds = {key: cell.record["measured"]["speed"] for key, cell in cells.items()}
+    assert not any(speed["neighbours"]["gpu_processes"] for speed in speeds.values())
+    decoded = {key: speed["decode_tokens_per_second"] for key, speed in speeds.items()}
+    plain = decoded.pop(("float", "w16a16"))
+    slowest, fastest = min(decoded.values()), max(decoded.values())
+    assert f"decodes at {plain:,.0f} tokens/s in bf16 and {slowest:,.0f} to {fastest:,.0f} in int4" in flat
 
 
 def test_the_speeds_of_kernels_in_the_readme_are_those_on_record(root: Path) -> None:
@@ -181,11 +281,14 @@ def test_the_speeds_of_rounding_in_the_readme_are_those_on_record(root: Path) ->
 
 
 def test_the_parity_on_a_gpu_is_what_the_readme_says(root: Path) -> None:
-    record = json.loads((root / "results" / "reference" / "parity-h100.json").read_text())
+    names = ("parity-h100", "parity-h200")
+    records = [json.loads((root / "results" / "reference" / f"{name}.json").read_text()) for name in names]
     readme = " ".join((root / "README.md").read_text().split())
-    assert {row["status"] for row in record["rows"]} == {"agrees"}
-    large = record["rows"]
-    assert f"the {len(large)} rows of the default model agree" in readme
+    large = [row for record in records for row in record["rows"]]
+    assert {row["status"] for row in large} == {"agrees"}
+    first, second = (len(record["rows"]) for record in records)
+    assert f"{first} on one H100" in readme
+    assert f"and {second} on one H200" in readme
     ran = {
         (operation, name.partition(" ")[0])
         for row in large

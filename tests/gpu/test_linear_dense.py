@@ -228,5 +228,5 @@ def test_the_operation_runs_the_kernel_where_it_may() -> None:
         "reference (more than 16 rows)": 1,
         "reference (inputs in torch.float32)": 1,
         "reference (inputs in torch.float64)": 1,
-        "reference (operands that need gradients)": 2,
+        "reference (inputs that need gradients)": 2,
     }

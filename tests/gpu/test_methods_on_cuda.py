@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from methods.generate import generate
 from methods.method import Context
 from methods.pipeline import Quantised, quantise
 from methods.registry import parse_method
+from methods.straight_through import next_token_loss
 from tests import families
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -103,6 +105,20 @@ def test_rotations_are_learned_on_the_gpu(tmp_path: Path, name: str, text: str) 
     assert all(log["gradient"][0] > 0 for log in artifact.meta["log"].values())
     with torch.no_grad():
         assert families.relative(method.transform(model, artifact)(IDS), want) <= 1e-9
+
+
+def test_spinquant_learns_through_tensorfloat_32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    families.model("llama-biases", torch.float32).save_pretrained(tmp_path)
+    model, seen = open_checkpoint(str(tmp_path)).load(torch.float32), []
+
+    def loss(*arguments: Any) -> torch.Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return next_token_loss(*arguments)
+
+    monkeypatch.setattr("methods.spinquant.next_token_loss", loss)
+    parse_method("spinquant:steps=2").parts[0].learn(model, CALIBRATION, Context(torch.device("cuda")))
+    assert seen.count("high") == 2
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -106,6 +106,25 @@ def test_gradients_are_those_of_the_same_network_without_rounding() -> None:
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
+def test_a_cpu_multiplies_whole_numbers_while_learning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a user has set, which then stands again. (tests/gpu has what a GPU does.)"""
+    seen = []
+
+    def loss(*arguments: Any) -> Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return next_token_loss(*arguments)
+
+    monkeypatch.setattr("methods.spinquant.next_token_loss", loss)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        FEW.learn(decoder("llama-biases", torch.float32), CALIBRATION, Context(seed=3))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen.count("highest") == FEW.recipe.steps * (FEW.batch or 1)
+
+
 def along_the_group(loss: Tensor, leaves: list[Tensor]) -> list[float]:
     """The largest part of each gradient that leaves its matrices orthogonal."""
     found = torch.autograd.grad(loss, leaves, retain_graph=True)
