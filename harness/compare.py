@@ -2,7 +2,7 @@
 
     python -m harness.compare results/before results/after
     python -m harness.compare results/quick:1cde results/quick:1825 --json
-    python -m harness.compare results/reference/int4 results/int4-on-a-gpu --within
+    python -m harness.compare results/reference/int4.tar.xz results/int4-on-a-gpu --within
 
 Two run folders are compared cell by cell: the same model, method, bits and seed. Two cells, each given by its
 folder or as RUN_FOLDER:CELL_ID_PREFIX, are compared as they are. Every difference is B minus A, paired
@@ -17,12 +17,13 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from harness import inference, stats, store, within
-from harness.archive import is_archive, opened
+from harness.archive import SUFFIX, opened
 from harness.markdown import plain, table
 from harness.records import Cell, Column, columns_of, read_cell, read_run
 from harness.stats import Estimate, Paired
@@ -85,6 +86,14 @@ class Comparison:
     """The part of `left_out` that A has and B failed at."""
 
 
+@contextmanager
+def opened_side(text: str) -> Iterator[Side]:
+    """As `open_side`; a run may be an archive, which is unpacked for as long as this lasts."""
+    run, inside, prefix = text.partition(f"{SUFFIX}:")
+    with opened(Path(run + SUFFIX if inside else text)) as folder:
+        yield replace(open_side(f"{folder}:{prefix}" if inside else str(folder)), name=text)
+
+
 def open_side(text: str) -> Side:
     """A run folder, a cell's folder or its cell.json, or RUN_FOLDER:CELL_ID_PREFIX; UserError where it is
     none of them."""
@@ -96,8 +105,6 @@ def open_side(text: str) -> Side:
         run = read_run(path)
         return Side(text, run.cells, True, [f"{name}: {reason}" for name, reason in run.missing])
     folder, _, prefix = text.rpartition(":")
-    if is_archive(Path(folder)):
-        raise UserError(f"{text}: cells of an archive cannot be named; give the archive, or unpack it")
     found = sorted(found.parent for found in Path(folder).glob(f"*/{store.RECORD}"))
     found = [cell for cell in found if prefix and cell.name.startswith(prefix)]
     if len(found) != 1:
@@ -374,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m harness.compare", description="Compare two runs, or two cells, document by document."
     )
-    where = "a run folder, its archive, a cell's folder, or RUN_FOLDER:CELL_ID_PREFIX"
+    where = "a run folder, its archive, a cell's folder, or RUN:CELL_ID_PREFIX"
     parser.add_argument("a", metavar="A", help=where)
     parser.add_argument("b", metavar="B", help="the same kind of thing; differences are B minus A")
     form = parser.add_mutually_exclusive_group()
@@ -387,9 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         refuse_foreign_kernels()
-        with opened(Path(arguments.a)) as first, opened(Path(arguments.b)) as second:
-            a = replace(open_side(str(first)), name=arguments.a)
-            b = replace(open_side(str(second)), name=arguments.b)
+        with opened_side(arguments.a) as a, opened_side(arguments.b) as b:
             comparison = compare(a, b)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -41,8 +41,8 @@ def bits_section(model: Model, figures: Path, stem: str) -> list[str]:
             _panel(model, "mean accuracy, % (higher is better)", lambda c: mean_accuracy(c, model.accuracies))
         )
     bits = list(dict.fromkeys(row.bits for row in model.rows if not row.first.is_float))
-    if not any(panel.series for panel in panels):
-        return []
+    if len(bits) < 2 or not any(panel.series for panel in panels):
+        return []  # a line needs two bit-widths: of one, the tables say all
     plots.bits_figure(figures / f"{stem}-bits.svg", bits, panels, model.labels)
     return [
         "### Accuracy against bits",
@@ -105,7 +105,8 @@ def kurtosis_section(model: Model, figures: Path, stem: str) -> list[str]:
         f"![Kurtosis of activations per layer before and after each transform](figures/{stem}-kurtosis.svg)",
         "*Mean kurtosis of a token's activations in each layer (4th standardised moment, log scale): high "
         "means a few outlier channels that a 4-bit grid must stretch to. A transform that works pulls its "
-        f"line from the grey one down to the Gaussian's 3 or below, towards the uniform's 1.8.{same}*",
+        "line from the grey one down to the Gaussian's 3 or below, towards the uniform's 1.8; the lower "
+        f"panels show what is left of it, where transforms differ.{same}*",
     ]
 
 

@@ -16,10 +16,10 @@ Inputs of blocks on tuning text, which no method learned from, mean over sites o
 per token, the largest value over the root mean square, and signal to noise in decibels under the default \
 4-bit quantiser of activations."""
 LAYERS = """\
-*The same by layer: above, the largest value of a token over its root mean square; below, signal to noise \
-under the 4-bit quantiser (6 dB are one bit). A transform that works pulls the upper lines down and lifts \
-the lower ones in every layer; a layer that stays behind is where the next error comes from. Kurtosis by \
-layer stands under the outliers.*"""
+*The same by layer: above, the largest value of a token over its root mean square (log scale); below, \
+signal to noise under the 4-bit quantiser (6 dB are one bit). A transform that works pulls the upper lines \
+down and lifts the lower ones in every layer; a layer that stays behind is where the next error comes from. \
+Kurtosis by layer stands under the outliers.*"""
 HISTOGRAMS = """\
 *How often values of block inputs occur, in units of their token's root mean square, all layers together \
 (log scale; the outermost bins hold all that lies beyond). Outlier channels make the long tails of the grey \
@@ -81,7 +81,7 @@ def _layers(measured: Mapping[str, Sequence[Record]]) -> list[plots.LayersPanel]
                 before = before or first
                 if any(abs(b - a) > 1e-3 * abs(a) for (_, a), (_, b) in zip(first, then, strict=True)):
                     after[label] = then
-            panels.append(plots.LayersPanel(f"{title}, {site} inputs", before, after))
+            panels.append(plots.LayersPanel(f"{title}, {site} inputs", before, after, log=key == "peak"))
     return panels
 
 

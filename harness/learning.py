@@ -22,8 +22,8 @@ on what that step saw. Error: the largest max|RRᵀ - I| that a step left, befor
 makes R orthogonal to 1e-12. What is kept is learned once for all bit-widths; the section on costs says how \
 long it took."""
 CONVERGENCE = """\
-*The loss that each learner descends on, against its steps (first seed): a noisy line, because every step \
-sees other tokens. Where it has not flattened, more steps or more text may still help.*"""
+*The loss that each learner descends on, against its steps (first seed; mean of the last ten): a noisy line \
+where every step sees other tokens. Where it has not flattened, more steps or more text may still help.*"""
 TUNED = """\
 Of the rounded and quantised network: weights kept in full precision and scales that were tuned, tokens that \
 were shown (in brackets how many of them are different), and its cross-entropy in nats before and after, on \
@@ -31,8 +31,10 @@ so many windows each of what it was tuned on and of calibration text that it was
 before rounding, this belongs to one bit-width. The section on costs says how long it took."""
 SIZES = """\
 *Perplexity, and kurtosis on tuning text, against the number of sequences that were learned from, over the \
-seeds that all points share; rounding reads the same calibration text throughout. Where the lines are flat, \
-more text does not help.*"""
+seeds that all points share; rounding reads the same calibration text throughout. Bars are one standard \
+error, of which other documents would move all points alike: paired differences between points stand \
+under the options of one method. Where the lines are flat, more text does not help, up to the most that \
+was tried.*"""
 
 
 def learning_section(model: Model, figures: Path, stem: str) -> list[str]:

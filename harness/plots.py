@@ -1,7 +1,8 @@
 """The report's figures, as SVG files that are the same bytes on every run.
 
 Colours are Okabe and Ito's (distinct under all common colour blindness), without their yellow, which is
-too faint on white; markers tell methods apart a second time. The background is white in every figure, so
+too faint on white; markers tell methods apart a second time, and where there are more methods than colours
+so do dashes. The background is white in every figure, so
 that it reads the same on a dark page. No date or random id enters a file.
 """
 
@@ -23,9 +24,12 @@ from harness import store
 
 UNIFORM, GAUSSIAN = 1.8, 3.0
 """Kurtosis (4th standardised moment) of a uniform and of a Gaussian distribution."""
+CLOSE = 5.0
+SMOOTH = 10
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES = ("-", "--", ":", "-.")
 _GREY = "#555555"
 
 
@@ -57,6 +61,7 @@ class LayersPanel:
     title: str
     before: Sequence[tuple[int, float]]
     after: Mapping[str, Sequence[tuple[int, float]]]
+    log: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,17 +146,17 @@ def bits_figure(path: Path, bits: Sequence[str], panels: Sequence[Panel], order:
 
 
 def kurtosis_figure(path: Path, panels: Sequence[KurtosisPanel], order: Sequence[str]) -> None:
-    """Kurtosis against layer, before (grey) and after each transform, on one log axis for all panels.
+    """Kurtosis against layer, before (grey) and after each transform, on one log axis for all panels; below,
+    the same from the uniform's up to CLOSE, where transforms differ.
 
     `order` as in `bits_figure`; of methods that share a line the first gives colour and marker.
     """
-    figure = Figure(figsize=(4.3 * len(panels) + 2.4, 4.4), layout="constrained", facecolor="white")
+    figure, axes_of = axes_grid(2 * len(panels), columns=len(panels))
     everything = [
         value for panel in panels for line in (panel.before, *panel.after.values()) for _, value in line
     ]
     grey: dict[str, Any] = {"color": _GREY, "marker": ".", "linewidth": 1.6}
-    for index, panel in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), index + 1)
+    for axes, panel in zip(axes_of, [*panels, *panels], strict=True):
         lines = [("before (float model)", grey, panel.before)]
         for labels, series in panel.after.items():
             lines.append((f"after {', '.join(labels)}", line_style(order.index(labels[0])), series))
@@ -164,6 +169,9 @@ def kurtosis_figure(path: Path, panels: Sequence[KurtosisPanel], order: Sequence
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         dress(axes, panel.title)
         log_axis(axes, [UNIFORM, GAUSSIAN, *everything])
+    for axes, panel in zip(axes_of[len(panels) :], panels, strict=True):
+        axes.set_title(f"{panel.title}, up to {CLOSE:g}", fontsize=11, loc="left")
+        log_axis(axes, [UNIFORM, CLOSE])
     legend(figure)
     save(figure, path)
 
@@ -180,6 +188,9 @@ def layers_figure(path: Path, panels: Sequence[LayersPanel], order: Sequence[str
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         dress(axes, panel.title)
+        if panel.log:
+            lines = (panel.before, *panel.after.values())
+            log_axis(axes, [value for line in lines for _, value in line])
     legend(figure)
     save(figure, path)
 
@@ -213,12 +224,15 @@ def depth_figure(path: Path, panels: Sequence[DepthPanel]) -> None:
 
 
 def learning_figure(path: Path, panels: Sequence[LearningPanel], order: Sequence[str]) -> None:
-    """Loss against step, one line a method; `order` as in `bits_figure`."""
+    """Loss against step, mean of the last SMOOTH steps, one line a method; `order` as in `bits_figure`."""
     figure, axes_of = axes_grid(len(panels))
     for axes, panel in zip(axes_of, panels, strict=True):
         for label, losses in panel.series.items():
-            style = line_style(order.index(label)) | {"marker": "", "linewidth": 1.0}
-            axes.plot(range(1, len(losses) + 1), losses, **style, label=label)
+            style = line_style(order.index(label)) | {"marker": "", "linewidth": 1.2}
+            last = [losses[max(0, end - SMOOTH) : end] for end in range(1, len(losses) + 1)]
+            axes.plot(
+                range(1, len(losses) + 1), [sum(some) / len(some) for some in last], **style, label=label
+            )
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         dress(axes, panel.title)
@@ -336,6 +350,7 @@ def line_style(number: int) -> dict[str, Any]:
     return {
         "color": _COLOURS[number % len(_COLOURS)],
         "marker": _MARKERS[number % len(_MARKERS)],
+        "linestyle": _DASHES[number // len(_COLOURS) % len(_DASHES)],
         "markersize": 4.5,
         "linewidth": 1.3,
     }

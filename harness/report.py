@@ -93,7 +93,8 @@ no mark may be chance."""
 SEEDS = """\
 Several seeds: the mean over seeds (of perplexity the geometric mean); interval and `±` join the sampling \
 error, which does not shrink with seeds because they share their documents, and the error of the mean over \
-seeds."""
+seeds. Two or three seeds hardly tell how far seeds differ: where a row's `SD` is far below those of its \
+neighbours, its interval is too narrow by luck."""
 
 
 def write_report(

@@ -146,7 +146,12 @@ def test_no_room_is_one_line(
     assert error.count("\n") == 1
 
 
-def test_a_cell_of_an_archive_is_not_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = packed(run)
-    assert compare.main([f"{target}:ab", str(run)]) == 2
-    assert "give the archive" in capsys.readouterr().err
+def test_a_cell_of_an_archive_is_named_as_one_of_a_folder(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, cells = packed(run), sorted(path.parent.name for path in run.glob("*/cell.json"))
+    capsys.readouterr()
+    assert compare.main([f"{target}:{cells[0][:9]}", str(run / cells[0])]) == 0
+    assert f"`{target}:{cells[0][:9]}`" in capsys.readouterr().out
+    assert compare.main([f"{target}:zz", str(run / cells[0])]) == 2
+    assert "name exactly one" in capsys.readouterr().err

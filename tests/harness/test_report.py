@@ -197,7 +197,8 @@ def test_failures_are_shown_and_the_rest_stands(tmp_path: Path) -> None:
 
 
 def test_without_float_there_is_no_difference_and_it_says_so(tmp_path: Path) -> None:
-    write_cell(tmp_path, "rtn", "w4a16")
+    for bits in ("w4a16", "w4a4kv4"):
+        write_cell(tmp_path, "rtn", bits)
     text = text_of(tmp_path)
     assert "No float cell of this model is finished in this run, so no differences are shown." in text
     assert "Δ" not in text
@@ -307,7 +308,7 @@ def test_several_seeds(tmp_path: Path) -> None:
 
 def test_models_have_sections_and_figures_of_their_own(tmp_path: Path) -> None:
     for name, digest in (("org/A", "1"), ("org/B", "2"), ("org-a", "3")):
-        for row, bits in (("float", "w16a16"), ("rtn", "w4a16")):
+        for row, bits in (("float", "w16a16"), ("rtn", "w4a16"), ("rtn", "w4a4kv4")):
             write_cell(tmp_path, row, bits, model={"name": name, "label": "fp32", "sha256": digest})
     text = text_of(tmp_path)
     assert [line for line in text.splitlines() if line.startswith("## or")] == [

@@ -317,7 +317,12 @@ def test_every_option_of_a_method_is_among_the_settings(text: str) -> None:
 
 
 def test_figures_are_drawn_where_there_is_something_to_draw(tmp_path: Path) -> None:
+    """One bit-width is no line of accuracy against bits."""
     write_cell(tmp_path, "rtn", "w4a16", effective_bits=None, measured={}, diagnostics={})
+    said = text_of(tmp_path)
+    assert not (tmp_path / "figures").exists()
+    assert "Accuracy against bits" not in said
+    write_cell(tmp_path, "rtn", "w4a8kv8", effective_bits=None, measured={}, diagnostics={})
     said = text_of(tmp_path)
     names: Sequence[str] = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert names == [f"{STEM}-bits.svg"]
