@@ -319,7 +319,7 @@ def test_models_have_sections_and_figures_of_their_own(tmp_path: Path) -> None:
     figures = {path.name for path in (tmp_path / "figures").glob("*-bits.svg")}
     assert figures == {"org-a-bits.svg", "org-a-2-bits.svg", "org-b-bits.svg"}
     assert all(name in text for name in figures)
-    assert "sha256 1 (2 cells); " in text
+    assert "sha256 1 (3 cells); " in text
 
 
 def test_rows_that_differ_in_a_setting_stay_apart(tmp_path: Path) -> None:
