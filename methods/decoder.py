@@ -263,7 +263,7 @@ class Decoder(nn.Module):
         which would wait for launches, it is as many as have TOGETHER tokens.
         """
         together = max(1, TOGETHER // ids.shape[1]) if device.type == "cuda" else 1
-        return [self.embed(rows.to(self.device)).to(device) for rows in ids.split(together)]
+        return [self.embed(rows.to(self.device)).to(device) for rows in ids.split(together) if len(rows)]
 
     def logits(self, state: State) -> Tensor:
         """[B, T, vocab] from the state that leaves the last block."""

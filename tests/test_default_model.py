@@ -27,6 +27,7 @@ limit: 2
 limits: {openbookqa_local: 4}
 perplexity_length: 1024
 calibration: {samples: 8, length: 512}
+quantiser: {weight_search: false}
 """
 
 

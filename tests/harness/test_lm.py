@@ -25,7 +25,7 @@ from tests import families
 from tests.harness.requests import LONG, generations, loglikelihoods, rolling
 from tests.harness.tokenizers import BOS, EOS, VOCABULARY, byte_tokenizer
 
-DOCUMENTS = 100
+DOCUMENTS = 25
 TASKS = (
     *("boolq_local", "piqa_local", "openbookqa_local"),
     *("commonsense_qa_local", "social_iqa_local", "mmlu_local"),
