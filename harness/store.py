@@ -176,8 +176,8 @@ def read_history(folder: Path) -> list[Record]:
 
 
 def sweep(run: Path) -> None:
-    """Remove what killed commands have left half-written in a run's own folder."""
-    for stray in run.glob(".*.partial"):
+    """Remove what killed commands have left half-written in a run's own folder and among its figures."""
+    for stray in (*run.glob(".*.partial"), *run.glob("figures/.*.partial")):
         with suppress(OSError):
             if time.time() - stray.stat().st_mtime > _STALE_SECONDS:
                 stray.unlink()

@@ -64,7 +64,9 @@ def contents(out: Path) -> dict[str, Any]:
             found[f"{path.parent.name}/{samples.name}"] = samples.read_bytes()
     found["report"], _, costs = (out / "report.md").read_text().partition("\n## Cost\n")
     measured = set(re.findall(r"\]\(figures/([^)]+)\)", costs))
-    figures = {path.name: path.read_bytes() for path in sorted((out / "figures").iterdir())}
+    # A kill leaves a file half-written beside the whole ones, until it is an hour old (store.sweep).
+    drawn = [path for path in sorted((out / "figures").iterdir()) if not path.name.startswith(".")]
+    figures = {path.name: path.read_bytes() for path in drawn}
     assert costs and figures.keys() - measured
     return found | {name: data for name, data in figures.items() if name not in measured}
 

@@ -389,14 +389,7 @@ HARMLESS = {
         projections_fused,
         silu_written_out,
     ),
-    QUAROT: (
-        two_threads,
-        other_noise,
-        order_reversed,
-        other_butterflies,
-        linear_in_two_halves,
-        norm_summed_backwards,
-    ),
+    QUAROT: (other_noise, order_reversed, other_butterflies, norm_summed_backwards),
 }
 
 
