@@ -34,8 +34,8 @@ LARGEST, MOST = 1 << 30, 100_000
 def pack(run: Path, archive: Path) -> None:
     """Write a run folder as one file, replaced whole or not at all.
 
-    UserError where the run cannot be read, lacks cells that run.json names, or has samples that are not those
-    of its records.
+    UserError where the run cannot be read, lacks cells that run.json names, holds others, or has samples that
+    are not those of its records.
     """
     if not archive.name.endswith(SUFFIX):
         raise UserError(f"archive {archive}: give a name that ends in {SUFFIX}")
@@ -43,6 +43,11 @@ def pack(run: Path, archive: Path) -> None:
     if found.missing:
         name, reason = found.missing[0]
         raise UserError(f"run folder {run}: {len(found.missing)} of its cells are missing; {name}: {reason}")
+    if found.others:
+        raise UserError(
+            f"run folder {run}: {store.MANIFEST} leaves out {found.others} of its cells, which another command "
+            "filled; give the grid's command for all of them once more, or remove that file"
+        )
     files = [run / store.MANIFEST] if (run / store.MANIFEST).is_file() else []
     for cell in found.cells:
         assert cell.folder is not None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import tarfile
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -104,9 +106,17 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     [
         (lambda run: (next(run.glob("*/samples/*"))).write_text("{}\n"), "damaged"),
         (lambda run: (run / "run.json").write_text('{"cells": ["0123456789abcdef"]}'), "missing"),
+        (
+            lambda run: (run / "run.json").write_text(
+                json.dumps({"cells": [next(run.glob("*/cell.json")).parent.name]})
+            ),
+            "leaves out 2 of its cells",
+        ),
     ],
 )
-def test_a_run_that_is_not_whole_is_not_packed(run: Path, spoil, message, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_a_run_that_is_not_whole_is_not_packed(
+    run: Path, spoil: Callable[[Path], object], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     spoil(run)
     target = run.parent / "study.tar.xz"
     assert archive.main([str(run), str(target)]) == 2
