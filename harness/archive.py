@@ -45,8 +45,8 @@ def pack(run: Path, archive: Path) -> None:
         raise UserError(f"run folder {run}: {len(found.missing)} of its cells are missing; {name}: {reason}")
     if found.others:
         raise UserError(
-            f"run folder {run}: {store.MANIFEST} leaves out {found.others} of its cells, which another command "
-            "filled; give the grid's command for all of them once more, or remove that file"
+            f"run folder {run}: {store.MANIFEST} leaves out {found.others} of its cells, which another "
+            "command filled; give the grid's command for all of them once more, or remove that file"
         )
     files = [run / store.MANIFEST] if (run / store.MANIFEST).is_file() else []
     for cell in found.cells:
