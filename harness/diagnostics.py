@@ -14,6 +14,9 @@ from methods.pipeline import Quantised
 
 Record = dict[str, Any]
 
+DIGITS = 5
+"""Significant digits of what is recorded: figures show fewer, and whole studies are kept."""
+
 
 def site_record(site: SiteKurtosis) -> Record:
     """One site as JSON keeps it."""
@@ -30,7 +33,7 @@ def describe(quantised: Quantised, before: Mapping[str, Record]) -> Record:
         name: {key: fact for key, fact in facts.items() if key != "measured"}
         for name, facts in quantised.learned.items()
     }
-    return {
+    record: Record = {
         "kurtosis": [_site(site, before[site_key(site)]) for site in quantised.kurtosis],
         "histograms": _histograms(quantised.kurtosis, before),
         **({"learned": learned} if learned else {}),
@@ -38,6 +41,18 @@ def describe(quantised: Quantised, before: Mapping[str, Record]) -> Record:
         "weights": weight_groups(quantised.plan),
         "weight_error": [dataclasses.asdict(error) for error in quantised.rounding_errors],
     }
+    return {name: shortened(facts) for name, facts in record.items()}
+
+
+def shortened(facts: Any) -> Any:
+    """The same with every float of it at `DIGITS` significant digits."""
+    if isinstance(facts, float):
+        return float(f"{facts:.{DIGITS}g}")
+    if isinstance(facts, Mapping):
+        return {name: shortened(fact) for name, fact in facts.items()}
+    if isinstance(facts, list | tuple):
+        return [shortened(fact) for fact in facts]
+    return facts
 
 
 def weight_groups(plan: Plan) -> list[Record]:

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--out", required=True, type=Path, metavar="DIR", help="a new folder, or an empty one")
     add("--text", nargs="+", type=Path, default=[], metavar="PATH", help="your own .txt or .jsonl instead")
-    add("--vocabulary", type=int, default=4096, metavar="N", help="tokens (default: %(default)s)")
+    add("--vocabulary", type=int, default=2048, metavar="N", help="tokens (default: %(default)s)")
     add("--most", type=int, metavar="N", help="tokens to train on at most (default: all)")
     add("--sample", type=int, default=4, metavar="N", help="every N-th document teaches the tokenizer")
     arguments = parser.parse_args(given)

@@ -68,11 +68,12 @@ class Shape:
 
 
 SHAPES = {
-    "twin": Shape(layers=3, width=192, heads=3, hidden=512),
-    "study": Shape(layers=8, width=384, heads=6, hidden=1024),
+    "twin": Shape(layers=3, width=128, heads=2, hidden=384),
+    "study": Shape(layers=24, width=256, heads=4, hidden=768),
     "osp-1.4b": Shape(layers=24, width=2048, heads=16, hidden=5504),
 }
-"""twin: what ships; study: what recipes are compared on; osp-1.4b: the paper's, for timing a step."""
+"""twin: what ships. study: what recipes are compared on, as deep as larger models, since outliers gather over
+layers, and a choice of layers for more bits needs some to choose from. osp-1.4b: the paper's, for timing."""
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def test_boosting_grid_has_every_base_and_five_draws_of_every_control(root: Path
     for method in {cell.method for cell in cells} - {"float"}:
         mine = [cell for cell in cells if cell.method == method]
         assert {cell.bits for cell in mine} == widths
-        assert len(mine) == 4 * (5 if "random" in method else 1)
+        assert len(mine) == 4 * len(grid.models) * (5 if "random" in method else 1)
     methods = {cell.method for cell in cells}
     assert {"float", "rtn", "gptq", "hqq"} <= methods
     assert {f"{method};choice=random" for method in methods if method.endswith(("=2", "=3"))} <= methods
