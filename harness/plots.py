@@ -8,19 +8,18 @@ that it reads the same on a dark page. No date or random id enters a file.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from harness import store
+from kernels import svg
 
 UNIFORM, GAUSSIAN = 1.8, 3.0
 """Kurtosis (4th standardised moment) of a uniform and of a Gaussian distribution."""
@@ -373,8 +372,4 @@ def legend(figure: Figure) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Text becomes outlines, so that a file looks the same whatever fonts its reader has."""
-    drawn = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "quantgrid", "svg.fonttype": "path"}):
-        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": "quantgrid"}, dpi=110)
-    store.write_text(path, drawn.getvalue())
+    store.write_text(path, svg.drawn(figure))

@@ -21,6 +21,7 @@ from harness.speed_matrix import SCHEMA
 from harness.speed_shapes import ONLINE
 from harness.speed_targets import BASELINE, judge
 from harness.store import os_reason, write_text
+from kernels import svg
 from kernels.command import run_command
 from kernels.timing import Timing, duration, spread
 from methods.errors import UserError
@@ -265,7 +266,6 @@ COLOURS = ("#555555", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#5
 
 def plot(record: Row, stream: TextIO) -> None:
     """Tokens per second of decoding beside bf16's, by context, a panel for each shape and batch, as SVG."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     rows = [row for row in record["results"] if row["phase"] == "decode" and row["speed"] is not None]
@@ -296,8 +296,7 @@ def plot(record: Row, stream: TextIO) -> None:
         figure.legend(
             handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False
         )
-    with matplotlib.rc_context({"svg.hashsalt": "speed", "svg.fonttype": "none"}):
-        figure.savefig(stream, format="svg", metadata={"Date": None})
+    stream.write(svg.drawn(figure, outlines=False))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

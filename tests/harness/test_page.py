@@ -118,9 +118,7 @@ def test_nothing_is_loaded(tree: Tree, run: Path) -> None:
 
 def test_names_are_unique_and_references_end_somewhere(tree: Tree) -> None:
     names = [attributes["id"] for _, attributes in tree.found if "id" in attributes]
-    # matplotlib draws a letter once a word that it stands in: equal copies, and any of them will do.
-    letters = {name for name in names if name and re.match(r"f\d+-(DejaVu|[mpC])", name)}
-    assert len(set(names) - letters) == len([name for name in names if name not in letters])
+    assert len(set(names)) == len(names)
     for _, attributes in tree.found:
         for name in ("href", "xlink:href", "for"):
             if name in attributes:

@@ -171,7 +171,7 @@ def test_both_colour_schemes_are_legible(run: Path, browser: Any, scheme: str) -
     parts = [int(part) for part in re.findall(r"\d+", ground)[:3]]
     assert (max(parts) < 64) == (scheme == "dark")
     backgrounds = tab.evaluate(
-        "[...document.querySelectorAll('svg [id$=-patch_1] path')].map((e) => getComputedStyle(e).fill)"
+        "[...document.querySelectorAll('svg > :first-child')].map((e) => getComputedStyle(e).fill)"
     )
     assert len(backgrounds) == tab.locator("svg").count()
     assert set(backgrounds) == {ground}, "figures stand on the page's own colour"

@@ -24,6 +24,7 @@ from harness.speed_bench import Bench
 from harness.speed_matrix import Options, units
 from harness.speed_passes import Pass, capacity, decode_pass, groups
 from harness.speed_targets import Target, judge
+from kernels import svg
 from kernels.timing import Limits
 from methods.decoder import Decoder
 from tests.harness.small_shape import ARGUMENTS, FORMS, SMALL, make_small, measured
@@ -404,7 +405,12 @@ def test_no_panel_of_the_figure_cuts_a_speed_off(monkeypatch: pytest.MonkeyPatch
         for batch, context, speed in ((1, 8, 1.0), (1, 16, 1.1), (8, 8, 2.0), (8, 16, 3.1))
     ]
     drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+
+    def kept(figure: Figure, **_: bool) -> str:
+        drawn.append(figure)
+        return ""
+
+    monkeypatch.setattr(svg, "drawn", kept)
     speed_report.plot({"results": rows}, io.StringIO())
     for axes in drawn[0].axes:
         low, high = axes.get_ylim()
