@@ -26,7 +26,7 @@ gate: $(INSTALLED) ## has accuracy fallen since results/reference/gate.json was 
 	$(BIN)/python -m harness.gate --reference results/reference/gate.json
 
 parity: $(INSTALLED) ## does the int4 execution of every method do what its simulation does? (two hours on 2 cores)
-	$(BIN)/python -m harness.parity --out results/reference/parity.json --report reports/parity.md
+	$(BIN)/python -m harness.parity --out results/reference/parity.json.xz --report reports/parity.md
 
 speed: $(INSTALLED) ## time the default model simulated and in int4 beside float (minutes; fails above 2x float)
 	$(BIN)/python -m harness.speed --threads 2 --at-most 2 --out results/reference/speed.json

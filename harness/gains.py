@@ -1,4 +1,4 @@
-"""The report's section on what learning a rotation brings: perplexity against QuaRot's and other learners',
+"""The report's section on what learning transforms brings: perplexity against QuaRot's and other learners',
 beside what the papers report."""
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from methods.errors import UserError
 from methods.registry import method_class
 
 LEARNERS = ("kurtail", "spinquant")
+STATIC = "fptquant"
 GAINS = """\
 Change of perplexity in percent, paired by seed and by passage, with its interval (95 %: other passages and, \
 with several seeds, other seeds); below zero the method is better than what it is held against. QuaRot is \
 the row of the same rounding, preset and online transforms; SpinQuant that of default options, whatever it \
-starts from. Paper: what KurTail's abstract says of WikiText and far larger models. Exploratory: not \
-corrected for the number of comparisons."""
+starts from. FPTQuant, whose ranges are static, is held against QuaRot as it is, with dynamic ones, and with \
+static ranges of least error. Paper: what KurTail's abstract says of WikiText and far larger models. \
+Exploratory: not corrected for the number of comparisons."""
 
 
 def gains_section(model: Model) -> list[str]:
-    """Empty without a learned rotation beside what it can be compared with."""
+    """Empty without learned transforms beside what they can be compared with."""
     columns, lines = model.perplexities, []
     problems: dict[str, None] = {}
     flags = ""
@@ -46,7 +48,7 @@ def gains_section(model: Model) -> list[str]:
     head = ["bits", "method", "against", "seeds", *(f"{column.title} (%)" for column in columns), "paper (%)"]
     lost = [f"Not compared: {'; '.join(plain(problem) for problem in problems)}."] if problems else []
     notes = flag_notes(model.record, flags)
-    return ["### Does learning the rotation pay?", table(head, lines), GAINS, *notes, *lost]
+    return ["### Does learning pay?", table(head, lines), GAINS, *notes, *lost]
 
 
 def _claimed(row: Row, reference: Row) -> str:
@@ -95,6 +97,9 @@ def _pairs(model: Model) -> Iterator[tuple[Row, Row]]:
             yield from (
                 (row, other) for other in beside if _name(other) == "spinquant" and _plain(other, "start")
             )
+        if _name(row) == STATIC and _plain(row):
+            for name in ("quarot", "quarot+static"):
+                yield from [(row, other) for other in beside if _name(other) == name and _plain(other)][:1]
 
 
 def _name(row: Row) -> str:
@@ -102,8 +107,13 @@ def _name(row: Row) -> str:
 
 
 def _options(row: Row) -> Record:
-    options: Record = (row.first.record["method"].get("options") or {}).get(_name(row)) or {}
+    """Of its leading method."""
+    options: Record = (row.first.record["method"].get("options") or {}).get(_lead(row)) or {}
     return options
+
+
+def _lead(row: Row) -> str:
+    return _name(row).partition("+")[0]
 
 
 def _option(row: Row, option: str) -> object:
@@ -117,7 +127,7 @@ def _alike(row: Row, other: Row) -> bool:
 def _plain(row: Row, *aside: str) -> bool:
     """Whether its options are the defaults, those that `aside` names apart, rounding and preset too."""
     try:
-        defaults = dataclasses.asdict(method_class(_name(row))())
+        defaults = dataclasses.asdict(method_class(_lead(row))())
     except UserError:  # a method that is not installed here
         return False
     ignored = {*aside, "rounding", "preset"}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
 import shlex
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from harness.parity_report import SCHEMA, THRESHOLDS, changes_text, row_of, writ
 from harness.perplexity import Windows
 from harness.progress import Progress
 from harness.side_by_side import compare
+from kernels import recorded
 from kernels.command import run_command
 from methods.bits import Bits, QuantiserSettings
 from methods.calibration import load_corpus, token_windows
@@ -337,7 +337,7 @@ def parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace, command: str) -> int:
     if arguments.render is not None:
         try:
-            record = json.loads(arguments.render.read_text(encoding="utf-8"))
+            record = recorded.read(arguments.render)
         except (OSError, ValueError) as error:
             raise UserError(f"{arguments.render}: no results that can be read ({error})") from error
         if not isinstance(record, dict) or record.get("schema") != SCHEMA or "rows" not in record:

@@ -25,6 +25,7 @@ UNIFORM, GAUSSIAN = 1.8, 3.0
 """Kurtosis (4th standardised moment) of a uniform and of a Gaussian distribution."""
 CLOSE = 5.0
 SMOOTH = 10
+MARKED = 8
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -158,7 +159,8 @@ def kurtosis_figure(path: Path, panels: Sequence[KurtosisPanel], order: Sequence
     for axes, panel in zip(axes_of, [*panels, *panels], strict=True):
         lines = [("before (float model)", grey, panel.before)]
         for labels, series in panel.after.items():
-            lines.append((f"after {', '.join(labels)}", line_style(order.index(labels[0])), series))
+            style = layer_style(order.index(labels[0]), len(series))
+            lines.append((f"after {', '.join(labels)}", style, series))
         for label, style, series in lines:
             points = [(layer, value) for layer, value in series if value > 0 and math.isfinite(value)]
             axes.plot([layer for layer, _ in points], [value for _, value in points], **style, label=label)
@@ -183,7 +185,8 @@ def layers_figure(path: Path, panels: Sequence[LayersPanel], order: Sequence[str
         grey: dict[str, Any] = {"color": _GREY, "marker": ".", "linewidth": 1.6}
         axes.plot(*zip(*panel.before, strict=True), **grey, label="before (float model)")
         for label, series in panel.after.items():
-            axes.plot(*zip(*series, strict=True), **line_style(order.index(label)), label=f"after {label}")
+            style = layer_style(order.index(label), len(series))
+            axes.plot(*zip(*series, strict=True), **style, label=f"after {label}")
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         dress(axes, panel.title)
@@ -203,7 +206,7 @@ def depth_figure(path: Path, panels: Sequence[DepthPanel]) -> None:
         for label, values in panel.series.items():
             points = [(at, value) for at, value in enumerate(values) if value > 0 and math.isfinite(value)]
             places, heights = [at for at, _ in points], [value for _, value in points]
-            axes.plot(places, heights, **line_style(order.index(label)), label=label)
+            axes.plot(places, heights, **layer_style(order.index(label), len(points)), label=label)
             ringed = [point for point in points if point[0] in panel.marked.get(label, ())]
             if ringed:
                 axes.scatter(
@@ -353,6 +356,13 @@ def line_style(number: int) -> dict[str, Any]:
         "markersize": 4.5,
         "linewidth": 1.3,
     }
+
+
+def layer_style(number: int, layers: int) -> dict[str, Any]:
+    """Of a line over layers: `MARKED` markers or a few more, each line's in other places, so that lines that
+    lie on each other can be told apart."""
+    step = max(1, layers // MARKED)
+    return line_style(number) | {"markevery": (number % step, step)}
 
 
 def dress(axes: Axes, title: str) -> None:

@@ -1,6 +1,6 @@
 """The report of a run of `python -m harness.speed --shape`: tables and a figure.
 
-    python -m harness.speed_report results/reference/speed-h100.json --report reports/speed
+    python -m harness.speed_report results/reference/speed-h100.json.xz --report reports/speed
 
 It measures nothing: the same JSON gives the same bytes.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from harness.speed_matrix import SCHEMA
 from harness.speed_shapes import ONLINE
 from harness.speed_targets import BASELINE, judge
 from harness.store import os_reason, write_text
-from kernels import svg
+from kernels import recorded, svg
 from kernels.command import run_command
 from kernels.timing import Timing, duration, spread
 from methods.errors import UserError
@@ -308,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         try:
-            record = json.loads(arguments.record.read_text(encoding="utf-8"))
+            record = recorded.read(arguments.record)
         except ValueError as error:
             raise UserError(f"{arguments.record}: {NOT_A_RECORD}") from error
         text, drawn = report(record), io.StringIO()

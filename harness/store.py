@@ -27,6 +27,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from kernels import recorded
 from methods.errors import UserError
 
 SCHEMA = 2
@@ -75,12 +76,12 @@ def refresh(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's content atomically."""
+    """Replace a file's content atomically; compressed where its name ends in .xz."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.partial")
     try:
-        with temporary.open("x", encoding="utf-8") as stream:
-            stream.write(text)
+        with temporary.open("xb") as stream:
+            stream.write(recorded.encoded(path, text))
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

@@ -1,7 +1,7 @@
 """`python -m kernels.roofline`: the report of a GPU run of `python -m kernels.bench`, a table and a roofline
 plot.
 
-    python -m kernels.roofline results/reference/kernels-h100.json --report reports/kernels
+    python -m kernels.roofline results/reference/kernels-h100.json.xz --report reports/kernels
 
 It measures nothing: the same JSON gives the same bytes. What the kernels are meant to reach is data, in
 kernels/targets.py, and judged in kernels/verdicts.py. Why a target is missed stands beside the record, in
@@ -10,14 +10,13 @@ kernels/targets.py, and judged in kernels/verdicts.py. Why a target is missed st
 
 import argparse
 import io
-import json
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from kernels import svg
+from kernels import recorded, svg
 from kernels.command import run_command
 from kernels.targets import BASELINE, COPY, SHAPE, W4A8, W4A16
 from kernels.timing import duration
@@ -239,7 +238,7 @@ def plot(record: dict[str, Any], stream: TextIO) -> None:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return recorded.read(path)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
@@ -255,7 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         record = _json(arguments.record)
-        beside = arguments.record.with_suffix(".reasons.json")
+        name = arguments.record.name.removesuffix(".xz").removesuffix(".json")
+        beside = arguments.record.with_name(f"{name}.reasons.json")
         reasons = _json(beside) if beside.exists() else {}
         if not isinstance(reasons, dict) or not all(isinstance(each, dict) for each in reasons.values()):
             raise ValueError(f"{beside}: give {{target: {{'<layer> <rows>': reason}}}}")

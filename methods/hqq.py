@@ -29,7 +29,8 @@ from methods.method import Method
 STEPS, POWER, BETA, GROWTH = 20, 0.7, 10.0, 1.01
 _NO_RANGE, _LARGEST = 1e-4, 2e4
 META_BITS, META_GROUP = 8, 128
-_CHUNK = 1 << 16  # values worked on at a time: few enough for the cache
+# Values worked on at a time: few enough for a cache, or enough to fill a GPU.
+_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 25}
 
 
 def as_hqq(spec: LinearSpec, axis: int = 1, meta: bool = False) -> LinearSpec:
@@ -76,7 +77,7 @@ def _codes(groups: Tensor, inverse: Tensor, zero: Tensor, top: int) -> Tensor:
 def _solve(groups: Tensor, inverse: Tensor, zero: Tensor, top: int) -> Tensor:
     """The zero-points [n, 1] after the half-quadratic steps."""
     beta, best, zero = BETA, math.inf, zero.clone()
-    rows = max(1, _CHUNK // groups.shape[1])
+    rows = max(1, _CHUNK.get(groups.device.type, _CHUNK["cpu"]) // groups.shape[1])
     parts = list(zip(groups.split(rows), inverse.split(rows), zero.split(rows), strict=True))
     for _ in range(STEPS):
         total = sum(_step(*part, top, beta) for part in parts)

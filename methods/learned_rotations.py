@@ -38,10 +38,10 @@ def quarot_pair(model: Decoder, seed: int) -> Pair:
 
 
 def kept(pair: Pair, meta: dict[str, Any]) -> Artifact:
-    """As an artifact: half precision, a quarter of the bytes; `pair_of` makes it orthogonal again, within a
-    thousandth of what was learned."""
+    """As an artifact: single precision, half the bytes (what ships has half of that); `pair_of` makes it
+    orthogonal again."""
     tensors = {"residual": pair.residual, "values": pair.values}
-    return Artifact({name: tensor.to(torch.float16) for name, tensor in tensors.items()}, meta)
+    return Artifact({name: tensor.to(torch.float32) for name, tensor in tensors.items()}, meta)
 
 
 def pair_of(artifact: Artifact) -> Pair:

@@ -1,9 +1,10 @@
 """Learn what ships: `python -m methods.shipping METHOD`, once, on the default model.
 
 What a method learns at the settings of the quick grid (16 calibration sequences of 512 tokens, seed 0,
-float32) is written to methods/shipped, where every grid of these settings finds it, also after the code has
-changed and on any machine. Its record says when, by which code and by which command it was made. Of a method
-that tunes the rounded model, what it tunes at `--bits` ships too; cut off, tuning goes on where it was.
+float32) is written to methods/shipped in half precision, where every grid of these settings finds it, also
+after the code has changed and on any machine. Its record says when, by which code and by which command it
+was made. Of a method that tunes the rounded model, what it tunes at `--bits` ships too; cut off, tuning goes
+on where it was.
 """
 
 from __future__ import annotations
@@ -67,14 +68,18 @@ def _tuned(
 
 
 def _keep(text: str, made: Artifact, about: dict[str, Any], command: str) -> str:
-    size = sum(tensor.nbytes for tensor in made.tensors.values())
+    halves = {torch.float32: torch.float16}
+    tensors = {
+        name: tensor.to(halves.get(tensor.dtype, tensor.dtype)) for name, tensor in made.tensors.items()
+    }
+    size = sum(tensor.nbytes for tensor in tensors.values())
     if not size or size > LARGEST:
         raise UserError(f"{text} learns {size:,} bytes: what ships has some, and {LARGEST:,} at most")
     made_by = {"command": command, "code": about["code"], "torch": torch.__version__}
     made_by["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
     key = artifacts.portable_key(about)
     artifacts.SHIPPED.mkdir(exist_ok=True)
-    artifacts.save(artifacts.SHIPPED, key, Artifact(made.tensors, {**made.meta, "shipped": made_by}), about)
+    artifacts.save(artifacts.SHIPPED, key, Artifact(tensors, {**made.meta, "shipped": made_by}), about)
     return key
 
 

@@ -16,7 +16,7 @@ from harness.archive import opened
 from harness.gains import change_text
 from harness.records import Cell, read_cell, read_run
 from harness.report import write_report
-from kernels import verdicts
+from kernels import recorded, verdicts
 from kernels.targets import BF16_ATTENTION
 
 TASK = "perplexity_wikipedia"
@@ -84,7 +84,7 @@ def test_the_int4_run_held_and_ran_codes(root: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["quick", "seeds.tar.xz", "int4.tar.xz", "gpu-h200.tar.xz"],  # "rotations.tar.xz" takes a minute
+    ["quick", "gpu-h200.tar.xz"],  # "rotations.tar.xz" and "fptquant.tar.xz" take a minute
 )
 def test_reports_are_what_the_results_give(root: Path, tmp_path: Path, name: str) -> None:
     with opened(root / "results" / "reference" / name) as run:
@@ -97,9 +97,7 @@ def test_what_learned_rotations_bring_is_what_the_docs_say(root: Path) -> None:
     report = (root / "reports" / "rotations" / "report.md").read_text()
     gains = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in report.partition("### Does learning the rotation pay?")[2]
-        .partition("\n### ")[0]
-        .splitlines()
+        for line in report.partition("### Does learning pay?")[2].partition("\n### ")[0].splitlines()
         if line.startswith("| w4a4kv4")
     ]
     plain = {(name.removesuffix(" (gptq)"), against): rest for _, name, against, *rest in gains}
@@ -154,6 +152,70 @@ def test_what_learning_rotations_took_is_what_the_docs_say(root: Path) -> None:
         assert sum(value for name, value in fact.items() if name.endswith("_seconds")) <= 180
 
 
+def section_of(report: str, title: str) -> list[list[str]]:
+    """The cells of every line of a section's table."""
+    text = report.partition(f"### {title}\n")[2].partition("\n### ")[0]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("| w")
+    ]
+
+
+def test_what_fptquant_brings_is_what_the_docs_say(root: Path) -> None:
+    docs = (root / "docs" / "methods.md").read_text()
+    flat = " ".join(docs.split())
+    report = (root / "reports" / "fptquant" / "report.md").read_text()
+    gains = section_of(report, "Does learning pay?")
+    assert len(gains) == 3
+    for _, method, against, seeds, wikipedia, news, _ in gains:
+        assert seeds == "3"
+        assert f"| {method} | {against} | {wikipedia} | {news} |" in docs
+    changed = {
+        row: (wikipedia, news) for _, row, wikipedia, news in section_of(report, "Options of one method")
+    }
+    for option, said in {
+        "residual=False": "the residual rotation {}",
+        "hadamard=False": "the Hadamard transform before down_proj {}",
+        "steps=0": "end-to-end learning {}",
+        "local_steps=0": "the local stage {}",
+        "up_down=False": "scales of up and down {}",
+        "value=False": "the value transform {}",
+        "pre_rope=False": "the rotation in front of RoPE ({})",
+        "tokens=False": "the per-token scale ({})",
+    }.items():
+        assert said.format(changed[f"fptquant:{option} (gptq)"][0].split()[0]) in flat
+    assert f"gives {changed['fptquant:static=False (gptq)'][0]}" in flat
+    rounded = changed["fptquant:learn_bits=w4a4kv4 (rtn)"][0].split()[0].lstrip("-")
+    assert f"are {rounded} nats better than weights rounded afterwards" in flat
+    level = {
+        row[1]: row[4].split()[0]
+        for row in section_of(report.replace("## smollm2", "### smollm2"), "smollm2-135m-instruct")
+    }
+    assert (
+        f"perplexity of {level['static (gptq)']} on Wikipedia, QuaRot with them "
+        f"{level['quarot+static (gptq)']}, FPTQuant {level['fptquant (gptq)']}"
+    ) in flat
+    assert (
+        f"without online parts perplexity is {level['fptquant:hadamard=False;tokens=False (gptq)']}" in flat
+    )
+
+
+def test_the_divergence_from_float_falls_as_the_docs_say(root: Path) -> None:
+    with opened(root / "results" / "reference" / "fptquant.tar.xz") as run:
+        left: dict[str, list[float]] = {}
+        for cell in read_run(run).cells:
+            learned = (
+                (cell.record["diagnostics"].get("learned") or {}).get("fptquant", {}).get("end to end", {})
+            )
+            if "after" in learned:
+                row = cell.record["method"]["row"]
+                left.setdefault(row, []).append(learned["after"] / learned["before"])
+    dynamic = left["fptquant:static=False (gptq)"]
+    assert len(dynamic) == 3 and min(dynamic) >= 0.74 and max(dynamic) <= 0.82
+    assert max(left["fptquant (gptq)"]) < 0.5
+
+
 def test_what_the_papers_budgets_bring_is_what_the_docs_say(root: Path) -> None:
     flat = " ".join((root / "docs" / "methods.md").read_text().split())
     with opened(root / "results" / "reference" / "rotations-paper.tar.xz") as run:
@@ -192,7 +254,7 @@ def test_the_cells_on_a_gpu_are_what_the_readme_says(root: Path) -> None:
 
 def test_the_speeds_of_kernels_in_the_readme_are_those_on_record(root: Path) -> None:
     """Slowest to fastest layer, of each line of the README's table and each number of rows."""
-    record = json.loads((root / "results" / "reference" / "kernels-h100.json").read_text())
+    record = recorded.read(root / "results" / "reference" / "kernels-h100.json.xz")
     rows = verdicts.index(record)
     speeds: dict[tuple[str, int], list[float]] = {}
     for (shape, operation, layer, count, name), row in rows.items():
@@ -213,7 +275,7 @@ def test_the_speeds_of_kernels_in_the_readme_are_those_on_record(root: Path) -> 
 
 
 def test_the_speeds_of_decoders_in_the_readme_are_those_on_record(root: Path) -> None:
-    record = json.loads((root / "results" / "reference" / "speed-h100.json").read_text())
+    record = recorded.read(root / "results" / "reference" / "speed-h100.json.xz")
     readme = " ".join((root / "README.md").read_text().split())
 
     def row(
@@ -255,7 +317,7 @@ def test_the_speeds_of_decoders_in_the_readme_are_those_on_record(root: Path) ->
 @pytest.mark.parametrize("name", ["speed-h100", "speed-h100-llama-3.2-1b", "speed-h100-qwen2.5-7b"])
 def test_decoders_ran_by_the_table_that_is_named(root: Path, name: str) -> None:
     """Their commit has another one."""
-    record = json.loads((root / "results" / "reference" / f"{name}.json").read_text())
+    record = recorded.read(root / "results" / "reference" / f"{name}.json.xz")
     assert f"table {record['machine']['tuning'][:8]} " in (root / "results" / "README.md").read_text()
 
 
@@ -265,7 +327,7 @@ def test_decoders_ran_by_the_table_that_is_named(root: Path, name: str) -> None:
 def test_the_speeds_of_other_shapes_in_the_readme_are_those_on_record(
     root: Path, name: str, said: str
 ) -> None:
-    record = json.loads((root / "results" / "reference" / f"speed-h100-{name}.json").read_text())
+    record = recorded.read(root / "results" / "reference" / f"speed-h100-{name}.json.xz")
     [step] = [
         row["speed"]
         for row in record["results"]
@@ -293,7 +355,7 @@ def test_the_speeds_of_rounding_in_the_readme_are_those_on_record(root: Path) ->
 
 def test_the_parity_on_a_gpu_is_what_the_readme_says(root: Path) -> None:
     names = ("parity-h100", "parity-h200")
-    records = [json.loads((root / "results" / "reference" / f"{name}.json").read_text()) for name in names]
+    records = [recorded.read(root / "results" / "reference" / f"{name}.json.xz") for name in names]
     readme = " ".join((root / "README.md").read_text().split())
     large = [row for record in records for row in record["rows"]]
     assert {row["status"] for row in large} == {"agrees"}
@@ -315,7 +377,7 @@ def test_the_parity_on_a_gpu_is_what_the_readme_says(root: Path) -> None:
 
 
 def test_the_speeds_of_attention_in_the_readme_are_those_on_record(root: Path) -> None:
-    record = json.loads((root / "results" / "reference" / "kv-attention-h100.json").read_text())
+    record = recorded.read(root / "results" / "reference" / "kv-attention-h100.json.xz")
     readme = " ".join((root / "README.md").read_text().split())
 
     def turns(layer: str, rows: int, *others: str) -> list[float]:
@@ -376,12 +438,12 @@ def test_the_cells_of_another_machine_in_the_readme_are_those_on_record(root: Pa
 
 def test_harmless_changes_in_the_readme_are_those_on_record(root: Path) -> None:
     readme = " ".join((root / "README.md").read_text().split())
-    [(level, difference, _)] = moved(root, "int4-harmless/avx2g")["gptq", "w4a16"]
+    [(level, difference, _)] = moved(root, "int4-harmless/avx2g.tar.xz")["gptq", "w4a16"]
     assert f"gptq w4a16 by {difference / level:+.2%}".replace("%", " %") in readme
     noise = [
         difference / level
         for seed in (1, 2, 3, 4)
-        for level, difference, _ in moved(root, f"int4-harmless/noise-rtn-{seed}")["rtn", "w4a4kv4"]
+        for level, difference, _ in moved(root, f"int4-harmless/noise-rtn-{seed}.tar.xz")["rtn", "w4a4kv4"]
     ]
     assert f"by {min(noise):+.2%} to {max(noise):+.2%}".replace("%", " %") in readme
 

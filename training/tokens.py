@@ -97,7 +97,7 @@ def write(folder: Path, tokenizer: Any, parts: dict[str, Tensor], about: dict[st
     counts = {name: tokens.numel() for name, tokens in parts.items()}
     with appearing(folder) as inside:
         save_file(parts, inside / TOKENS)
-        tokenizer.save(str(inside / TOKENIZER))
+        tokenizer.save(str(inside / TOKENIZER), pretty=False)
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": END,

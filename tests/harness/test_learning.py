@@ -14,7 +14,7 @@ from tests.harness import runs
 from tests.harness.runs import edit, row_of, table, text_of, write_cell
 
 SECTION = "### What was learned"
-GAINS = "### Does learning the rotation pay?"
+GAINS = "### Does learning pay?"
 SIZES = "### How much calibration text it takes"
 LOG = {"loss": [0.9, 0.5, 0.25], "gradient": [1.0, 0.5, 0.1], "alpha": [1.0] * 3, "error": [1e-7, 4e-6, 2e-6]}
 SPIN = {
@@ -130,6 +130,25 @@ def test_gains_are_paired_and_stand_beside_the_papers(text: str) -> None:
         assert shown == pytest.approx(100 * (ours / theirs - 1), abs=0.1)
         low, high = (float(end) for end in line["perplexity wikipedia (%)"].split("[")[1][:-1].split(", "))
         assert low < shown < high
+
+
+def test_static_ranges_are_held_against_quarot_with_both_kinds(run: Path) -> None:
+    """And a variant of the method against neither."""
+    learner(run, "fptquant", SPIN)
+    learner(run, "fptquant", SPIN, steps=0)
+    folder = write_cell(run, "quarot", "w4a4kv4", seed=len(list(run.iterdir())))
+
+    def change(record: dict[str, Any]) -> None:
+        record["seed"] = 0
+        record["method"] |= {"row": "quarot+static", "name": "quarot+static"}
+        record["method"]["options"] |= {"static": {"norm": 2.0}}
+
+    edit(folder, change)
+    for path in run.glob("*/cell.json"):
+        if "steps" in json.loads(path.read_text())["method"]["row"]:
+            edit(path.parent, lambda record: record["method"]["options"]["fptquant"].update(steps=0))
+    found = [line["against"] for line in table(text_of(run), GAINS) if line["method"].startswith("fptquant")]
+    assert found == ["quarot", "quarot+static"]
 
 
 def test_a_seed_that_failed_leaves_the_others(run: Path) -> None:

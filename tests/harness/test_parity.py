@@ -31,7 +31,7 @@ from harness.parity import (
 from harness.parity_report import write_report
 from harness.side_by_side import compare
 from harness.stats import Estimate
-from kernels import kv_reference, ops, reference
+from kernels import kv_reference, ops, recorded, reference
 from kernels.kv_reference import PackedRows
 from kernels.reference import PackedWeight, Quantised
 from methods import registry
@@ -497,7 +497,7 @@ def test_mistakes_are_told_in_a_line(given: list[str], said: str, capsys: pytest
 
 
 def test_the_committed_table_is_what_its_results_give(root: Path) -> None:
-    record = json.loads((root / "results" / "reference" / "parity.json").read_text())
+    record = recorded.read(root / "results" / "reference" / "parity.json.xz")
     assert write_report(record, None) == (root / "reports" / "parity.md").read_text()
     assert record["complete"]
     assert {row["status"] for row in record["rows"]} == {"agrees"}

@@ -125,7 +125,7 @@ def test_another_file_is_refused_in_one_line(
 
 @pytest.mark.parametrize("shape", ["", "-llama-3.2-1b", "-qwen2.5-7b"])
 def test_the_committed_report_is_what_its_record_gives(shape: str, root: Path, tmp_path: Path) -> None:
-    record = root / "results" / "reference" / f"speed-h100{shape}.json"
+    record = root / "results" / "reference" / f"speed-h100{shape}.json.xz"
     assert speed_report.main([str(record), "--report", str(tmp_path)]) == 0
     for name in (speed_report.REPORT, speed_report.PLOT):
         assert (tmp_path / name).read_text() == (root / "reports" / f"speed{shape}" / name).read_text()

@@ -239,7 +239,7 @@ def test_a_record_without_limits_is_one_line(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("name", ["kernels", "kv-attention"])
 def test_the_vouched_for_report_is_what_its_record_gives(root: Path, tmp_path: Path, name: str) -> None:
-    source = root / "results" / "reference" / f"{name}-h100.json"
+    source = root / "results" / "reference" / f"{name}-h100.json.xz"
     assert roofline.main([str(source), "--report", str(tmp_path)]) == 0
     for file in (roofline.REPORT, roofline.PLOT):
         assert (tmp_path / file).read_bytes() == (root / "reports" / name / file).read_bytes()
