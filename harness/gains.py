@@ -23,9 +23,9 @@ GAINS = """\
 Change of perplexity in percent, paired by seed and by passage, with its interval (95 %: other passages and, \
 with several seeds, other seeds); below zero the method is better than what it is held against. QuaRot is \
 the row of the same rounding, preset and online transforms; SpinQuant that of default options, whatever it \
-starts from. FPTQuant, whose ranges are static, is held against QuaRot as it is, with dynamic ones, and with \
-static ranges of least error. Paper: what KurTail's abstract says of WikiText and far larger models. \
-Exploratory: not corrected for the number of comparisons."""
+starts from. FPTQuant, whose ranges are static unless it says otherwise, is held against QuaRot as it is, \
+with dynamic ones, and with static ranges of least error. Paper: what KurTail's abstract says of WikiText \
+and far larger models. Exploratory: not corrected for the number of comparisons."""
 
 
 def gains_section(model: Model) -> list[str]:
@@ -97,8 +97,8 @@ def _pairs(model: Model) -> Iterator[tuple[Row, Row]]:
             yield from (
                 (row, other) for other in beside if _name(other) == "spinquant" and _plain(other, "start")
             )
-        if _name(row) == STATIC and _plain(row):
-            for name in ("quarot", "quarot+static"):
+        if _name(row) == STATIC and _plain(row, "static"):
+            for name in ("quarot", "quarot+static")[: 2 if _option(row, "static") else 1]:
                 yield from [(row, other) for other in beside if _name(other) == name and _plain(other)][:1]
 
 
@@ -125,11 +125,16 @@ def _alike(row: Row, other: Row) -> bool:
 
 
 def _plain(row: Row, *aside: str) -> bool:
-    """Whether its options are the defaults, those that `aside` names apart, rounding and preset too."""
-    try:
-        defaults = dataclasses.asdict(method_class(_lead(row))())
-    except UserError:  # a method that is not installed here
-        return False
+    """Whether the options of all its parts are the defaults, those that `aside` names apart, rounding and
+    preset too."""
     ignored = {*aside, "rounding", "preset"}
-    options = _options(row)
-    return all(options.get(name, value) == value for name, value in defaults.items() if name not in ignored)
+    given: Record = row.first.record["method"].get("options") or {}
+    for name in _name(row).split("+"):
+        try:
+            defaults = dataclasses.asdict(method_class(name)())
+        except UserError:  # a method that is not installed here
+            return False
+        options = given.get(name) or {}
+        if any(options.get(each, value) != value for each, value in defaults.items() if each not in ignored):
+            return False
+    return True

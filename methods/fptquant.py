@@ -63,10 +63,11 @@ class FPTQuant(Method):
     """Mergeable invertible transforms and static ranges, learned from the float model's predictions.
 
     pre_rope, value, up_down, residual, hadamard, tokens: which transforms there are. static: one learned
-    range per tensor, else the grid's dynamic quantisers. local_steps, steps: of both stages (None: the
-    preset's, 0: without); batch, window: sequences and their tokens in a step of the second. local_rate,
-    rate, range_rate: largest steps of Adam. learn_bits: what the network is quantised to while it learns.
-    range_norm: p of the ranges. condition: the largest condition number of a value transform.
+    range per tensor, else the grid's dynamic quantisers (learned for those of default settings). local_steps,
+    steps: of both stages (None: the preset's, 0: without); batch, window: sequences and their tokens in a
+    step of the second. local_rate, rate, range_rate: largest steps of Adam (rate 0: the second stage learns
+    ranges alone). learn_bits: what the network is quantised to while it learns. range_norm: p of the ranges.
+    condition: the largest condition number of a value transform.
     """
 
     name: ClassVar[str] = "fptquant"
@@ -103,9 +104,13 @@ class FPTQuant(Method):
             value = getattr(self, option)
             if value is not None and value < least:
                 raise UserError(f"fptquant: {option} {value}: give at least {least}")
-        for option in ("local_rate", "rate", "range_rate", "range_norm"):
+        for option in ("local_rate", "range_rate", "range_norm"):
             if not getattr(self, option) > 0:
                 raise UserError(f"fptquant: {option} {getattr(self, option):g}: give a positive number")
+        if not self.rate >= 0:
+            raise UserError(
+                f"fptquant: rate {self.rate:g}: give a positive number, or 0 to learn ranges alone"
+            )
         if not self.condition > 1:
             raise UserError(f"fptquant: condition {self.condition:g}: give a number above 1")
 

@@ -1,9 +1,11 @@
 """The quantised network as a function of transforms and static ranges that has gradients, and its loss.
 
-Rounding passes gradients straight through; a static quantiser's clipping and ends have true gradients:
+Rounding passes gradients straight through; a quantiser's clipping and ends have true gradients, whether the
+ends are learned (static ranges) or found on the row itself:
 
     s = (high - low) / (2^b - 1)    z = round(-low / s)    x̂ = s (clamp(round(x / s) + z, 0, 2^b - 1) - z)
 
+With the ends of a row held constant instead, nothing would tell a rotation that it narrows a row's range.
 Of the weights nothing learns: they are merged anew at every step, and rounded where asked for with scales
 that keep the share of each row's largest value that was best before training. The loss is the Jensen-Shannon
 divergence, per token in nats, between the float model's next-token distribution p and the student's q:
@@ -28,7 +30,6 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.kv_reference import rotate
 from kernels.ops import find_range
-from kernels.reference import fake_quantise
 from methods.bits import ActivationSpec, KVSpec
 from methods.decoder import Attention, Block, Decoder, RMSNorm, State, attention_mask
 from methods.function_preserving import (
@@ -69,6 +70,24 @@ def quantise_between(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     scale = (high - low) / top
     zero = _round(-low / scale)
     return ((_round(x / scale) + zero).clamp(0, top) - zero) * scale
+
+
+def quantise_rows(x: Tensor, bits: int, *, symmetric: bool, clip: float, group: int | None = None) -> Tensor:
+    """x̂ [..., n] with the range of each row, or of each `group` values of it, as kernels/reference.py
+    measures it, and differentiable by x through that range, too."""
+    rows = x if group is None else x.unflatten(-1, (-1, group))
+    high, low = rows.amax(-1, keepdim=True), rows.amin(-1, keepdim=True)
+    if symmetric:
+        top = 2 ** (bits - 1)
+        scale = torch.maximum(high, -low) * clip / (top - 1)
+        scale = scale.masked_fill(scale == 0, 1.0)
+        found = _round(rows / scale).clamp(-top, top - 1) * scale
+    else:
+        spans = torch.ones_like(high, dtype=torch.bool) if group is None else high == low  # zero, too
+        high, low = torch.where(spans, high.clamp(min=0.0), high), torch.where(spans, low.clamp(max=0.0), low)
+        none = (high == low).to(x.dtype)  # all zero: any range will do
+        found = quantise_between(rows, clip * low - none, clip * high + none, bits)
+    return found if group is None else found.flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -203,10 +222,7 @@ class Student:
             low, high = ends(parameters, layer, site)
             return quantise_between(x, low.to(x.dtype), high.to(x.dtype), spec.bits)
         group = spec.group if isinstance(spec, ActivationSpec) else None
-        return straight_through(
-            x,
-            lambda x: fake_quantise(x, spec.bits, symmetric=spec.symmetric, clip=spec.clip, group=group),
-        )
+        return quantise_rows(x, spec.bits, symmetric=spec.symmetric, clip=spec.clip, group=group)
 
 
 @torch.no_grad()

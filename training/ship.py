@@ -42,6 +42,7 @@ def ship(run: Path, name: str, data: Path) -> Path:
             inside,
             f"bf16 (pre-trained by {settings['recipe']}, {tokens / 1e6:,.0f} M tokens)",
             held_out_loss=probes[-1]["held_out"] if probes else None,
+            probes=[{name: probe[name] for name in ("step", "held_out", "excess")} for probe in probes],
             run=about,
             text=json.loads((data / ABOUT).read_text()),
         )

@@ -133,22 +133,38 @@ def test_gains_are_paired_and_stand_beside_the_papers(text: str) -> None:
 
 
 def test_static_ranges_are_held_against_quarot_with_both_kinds(run: Path) -> None:
-    """And a variant of the method against neither."""
-    learner(run, "fptquant", SPIN)
-    learner(run, "fptquant", SPIN, steps=0)
-    folder = write_cell(run, "quarot", "w4a4kv4", seed=len(list(run.iterdir())))
+    """Dynamic ones against dynamic ones alone, and another variant of the method against neither."""
+    for options in ({}, {"steps": 0}, {"static": False}):
+        learner(run, "fptquant", SPIN, **options)
+    for norm in (4.0, 2.0):
+        folder = write_cell(run, "quarot", "w4a4kv4", seed=len(list(run.iterdir())))
 
-    def change(record: dict[str, Any]) -> None:
-        record["seed"] = 0
-        record["method"] |= {"row": "quarot+static", "name": "quarot+static"}
-        record["method"]["options"] |= {"static": {"norm": 2.0}}
+        def change(record: dict[str, Any], norm: float = norm) -> None:
+            record["seed"] = 0
+            name = "quarot+static"
+            record["method"] |= {"row": name if norm == 2 else f"{name}:norm={norm}", "name": name}
+            record["method"]["options"] |= {"static": {"norm": norm}}
 
-    edit(folder, change)
+        edit(folder, change)
     for path in run.glob("*/cell.json"):
-        if "steps" in json.loads(path.read_text())["method"]["row"]:
-            edit(path.parent, lambda record: record["method"]["options"]["fptquant"].update(steps=0))
-    found = [line["against"] for line in table(text_of(run), GAINS) if line["method"].startswith("fptquant")]
-    assert found == ["quarot", "quarot+static"]
+        row = json.loads(path.read_text())["method"]["row"]
+        changed = {name: value for name, value in (("steps", 0), ("static", False)) if name in row}
+        if row.startswith("fptquant"):
+
+            def vary(record: dict[str, Any], changed: dict[str, Any] = changed) -> None:
+                record["method"]["options"]["fptquant"] |= changed
+
+            edit(path.parent, vary)
+    found = {
+        (line["method"], line["against"])
+        for line in table(text_of(run), GAINS)
+        if line["method"].startswith("fptquant")
+    }
+    assert found == {
+        ("fptquant", "quarot"),
+        ("fptquant", "quarot+static"),
+        ("fptquant [('static', False)]", "quarot"),
+    }
 
 
 def test_a_seed_that_failed_leaves_the_others(run: Path) -> None:

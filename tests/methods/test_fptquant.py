@@ -47,11 +47,12 @@ def learned(method: FPTQuant, **context: Any) -> Artifact:
 # Learning
 
 
-def test_both_stages_lower_their_loss() -> None:
+@pytest.mark.parametrize("static", [True, False])
+def test_both_stages_lower_their_loss(static: bool) -> None:
     decoder = from_transformers(families.model("llama-biases"))
     before = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
     seen: list[str] = []
-    method = learner(local_steps=25, steps=25, batch=2)
+    method = learner(local_steps=25, steps=25, batch=2, static=static)
     found = method.learn(
         decoder, CALIBRATION, Context(progress=lambda stage, done, total: seen.append(stage))
     )
@@ -64,6 +65,14 @@ def test_both_stages_lower_their_loss() -> None:
     assert any(stage == f"end to end, divergence {end['loss'][-1]:.4f}" for stage in seen)
     assert all(torch.equal(tensor, before[name]) for name, tensor in decoder.state_dict().items())
     assert all(torch.isfinite(tensor).all() for tensor in found.tensors.values())
+
+
+def test_without_a_rate_ranges_learn_alone() -> None:
+    first = fptquant.initial(from_transformers(families.model("llama-biases")).config, FPTQuant().switches, 0)
+    found = learned(learner(local_steps=0, rate=0.0))
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in first.items())
+    end = found.meta["end to end"]
+    assert end["after"] < end["before"]
 
 
 def test_every_transform_learns_when_all_are_on() -> None:
@@ -279,7 +288,8 @@ def test_ranges_in_half_precision_are_those_of_their_logarithms() -> None:
         ("learn_bits=w4a16", "give quantised activations"),
         ("steps=-1", "steps -1: give at least 0"),
         ("window=1", "window 1: give at least 2"),
-        ("rate=0", "rate 0: give a positive number"),
+        ("rate=-1", "rate -1: give a positive number, or 0"),
+        ("range_rate=0", "range_rate 0: give a positive number"),
         ("condition=1", "condition 1: give a number above 1"),
         ("learn_bits=w4", "bits 'w4'"),
     ],

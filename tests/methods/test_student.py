@@ -11,6 +11,7 @@ import scipy.spatial.distance
 import torch
 from torch import Tensor
 
+from kernels.reference import fake_quantise
 from methods.bits import Bits, QuantiserSettings
 from methods.checkpoint import from_transformers
 from methods.decoder import Decoder, State
@@ -27,6 +28,7 @@ from methods.student import (
     jensen_shannon,
     learned_ranges,
     quantise_between,
+    quantise_rows,
     range_parameters,
     teacher_states,
 )
@@ -139,6 +141,53 @@ def test_the_gradient_of_what_is_quantised() -> None:
     quantise_between(x, torch.tensor(-1.5), torch.tensor(3.0), 4).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [0, 1, 1, 0]
+
+
+ROWS = {"symmetric": {"symmetric": True, "clip": 0.9}, "asymmetric": {"symmetric": False, "clip": 0.95}}
+
+
+@pytest.mark.parametrize("group", [None, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_are_quantised_as_the_kernels_do(kind: str, bits: int, group: int | None) -> None:
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[0], x[1], x[2, :8] = 0.0, x[1].abs() + 1, -2.5
+    expected = fake_quantise(x, bits, **ROWS[kind], group=group)
+    torch.testing.assert_close(
+        quantise_rows(x, bits, **ROWS[kind], group=group), expected, rtol=1e-12, atol=0
+    )
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_factor_of_rows_is_no_matter_to_their_quantiser(kind: str) -> None:
+    """Codes are those of any multiple of a row, so the loss does not move, and neither must its gradient."""
+    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights = torch.randn(9, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    factor = torch.ones(9, 1, dtype=torch.float64, requires_grad=True)
+    (quantise_rows(factor * x, 4, **ROWS[kind]) / factor * weights).sum().backward()
+    assert factor.grad is not None
+    assert float(factor.grad.abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_rotation_learns_from_the_ranges_of_rows(kind: str) -> None:
+    """Rows with an outlier channel: down the gradient lies a rotation with a smaller error."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(256, 16, generator=generator, dtype=torch.float64)
+    x[:, 3] *= 20
+
+    def error(skew: Tensor) -> Tensor:
+        turned = torch.linalg.matrix_exp(skew - skew.mT)
+        return (quantise_rows(x @ turned, 4, **ROWS[kind]) @ turned.mT - x).square().mean()
+
+    skew = 0.01 * torch.randn(16, 16, generator=generator, dtype=torch.float64)
+    first = float(error(skew))
+    descent = torch.optim.Adam([skew.requires_grad_()], lr=0.02)
+    for _ in range(40):
+        descent.zero_grad()
+        error(skew).backward()
+        descent.step()
+    assert float(error(skew.detach())) < 0.7 * first
 
 
 def test_jensen_shannon_by_scipy() -> None:

@@ -45,6 +45,8 @@ def test_a_shipped_model_opens_by_its_name(
     assert not needs_hub(GridConfig.model_validate(grid))
     facts = json.loads((shipped / "twin-osp" / "quantgrid.json").read_text())
     assert facts["run"]["settings"]["recipe"] == "osp"
+    assert facts["probes"][-1]["step"] == 5
+    assert facts["probes"][-1]["held_out"] == facts["held_out_loss"]
     assert facts["text"]["command"] == "made up"
     assert ship.main(arguments) == 2, "what ships is not overwritten"
     config = shipped / "twin-osp" / "config.json"
