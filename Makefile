@@ -13,7 +13,7 @@ RAY := $(VENV)/ray.lock
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-grid: $(INSTALLED) ## compare the 4-bit methods on the default model (2 minutes a cell on 2 cores)
+grid: $(INSTALLED) ## compare the 4-bit methods on the default model (an hour on 2 cores)
 	$(BIN)/python -m harness.grid grids/quick.yaml
 
 study: $(INSTALLED) ## the same with everything learned and more of every task (hours; resumes)

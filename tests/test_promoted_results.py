@@ -85,7 +85,7 @@ def test_the_int4_run_held_and_ran_codes(root: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["quick", "gpu-h200.tar.xz"],  # "rotations.tar.xz" and "fptquant.tar.xz" take a minute
+    ["quick.tar.xz", "gpu-h200.tar.xz"],  # "rotations.tar.xz" and "fptquant.tar.xz" take a minute
 )
 def test_reports_are_what_the_results_give(root: Path, tmp_path: Path, name: str) -> None:
     with opened(root / "results" / "reference" / name) as run:
