@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import scipy.spatial.distance
@@ -143,7 +144,10 @@ def test_the_gradient_of_what_is_quantised() -> None:
     assert x.grad.tolist() == [0, 1, 1, 0]
 
 
-ROWS = {"symmetric": {"symmetric": True, "clip": 0.9}, "asymmetric": {"symmetric": False, "clip": 0.95}}
+ROWS: dict[str, dict[str, Any]] = {
+    "symmetric": {"symmetric": True, "clip": 0.9},
+    "asymmetric": {"symmetric": False, "clip": 0.95},
+}
 
 
 @pytest.mark.parametrize("group", [None, 8])
