@@ -163,7 +163,8 @@ def test_cayley_is_orthogonal(size: int, scale: float, seed: int) -> None:
     assert torch.allclose(
         matrix @ matrix.mT, torch.eye(size, dtype=torch.float64).expand_as(matrix), atol=1e-9
     )
-    assert torch.equal(orthogonal(skew[1], size), matrix[1])
+    # Some processors solve several systems in another order than one.
+    torch.testing.assert_close(orthogonal(skew[1], size), matrix[1], rtol=0, atol=1e-9)
     assert torch.equal(orthogonal(0 * skew[0], size), torch.eye(size, dtype=torch.float64))
 
 
