@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         "--methods", nargs="+", metavar="METHOD", help="such as float rtn 'quarot:rounding=rtn'"
     )
     result.add_argument(
-        "--models", nargs="+", metavar="MODEL", help="default model, folder, .gguf file or hub id"
+        "--models", nargs="+", metavar="MODEL", help="built-in model, folder, .gguf file or hub id"
     )
     result.add_argument("--bits", nargs="+", metavar="BITS", help="such as w4a16 w4a8kv8 w4a4kv4 w4a16g128")
     result.add_argument(
@@ -113,6 +113,11 @@ def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if "limit" in given:
         given["limits"] = {}  # the grid file's limits of single tasks give way, too
+    if arguments.grid is None and "methods" in given:
+        # The small models of the quick grid are there for its own rows.
+        from methods.checkpoint import DEFAULT_MODEL
+
+        given.setdefault("models", [DEFAULT_MODEL])
     return given
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from harness.config import cells_of, load_grid, needs_hub
+from harness.grid import overrides, parser
+from methods.checkpoint import DEFAULT_MODEL
 from methods.errors import UserError
 from methods.registry import method_classes, parse_method
 
@@ -134,6 +136,15 @@ def test_shipped_grids_load(root: Path, name: str) -> None:
     assert not needs_hub(grid)
     methods = {cell.pipeline.name for cell in cells_of(grid)}
     assert {"float", "rtn", "gptq", "quarot"} <= methods
+
+
+def test_methods_without_a_grid_file_are_for_the_default_model() -> None:
+    alone = overrides(parser().parse_args(["--methods", "rtn"]))
+    assert alone == {"methods": ["rtn"], "models": [DEFAULT_MODEL]}
+    named = overrides(parser().parse_args(["--methods", "rtn", "--models", "twin-osp"]))
+    assert named["models"] == ["twin-osp"]
+    for given in (["grids/quick.yaml", "--methods", "rtn"], ["--bits", "w4a16"]):
+        assert "models" not in overrides(parser().parse_args(given))
 
 
 def test_a_method_can_be_for_some_models_alone(tmp_path: Path) -> None:
