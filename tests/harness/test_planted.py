@@ -393,10 +393,9 @@ HARMLESS = {
 }
 
 
-FAR = 1.5
-"""How far beyond its tolerance the root mean square may lie after a harmless change: one passage of 38 that a
-chaotic model scores otherwise is enough for 1.3, and whether there is one depends on the processor. The mean,
-by which a loss is found, and the typical move must keep to theirs."""
+FAR = {other_butterflies: 1.5}
+"""How far beyond its tolerance the root mean square may lie after a harmless change. On an AMD EPYC a chaotic
+model scores one passage of 38 otherwise after this one, which is 1.3 times; all else must keep to its own."""
 
 
 # These change nothing before a model is quantised.
@@ -461,7 +460,7 @@ def test_a_harmless_change_passes(
     print(text)
     for finding in verdict.failures:
         assert finding.moved is not None and finding.limit is not None, text
-        assert finding.what == "rms" and finding.moved <= FAR * finding.limit, text
+        assert finding.what == "rms" and finding.moved <= FAR.get(change, 1.0) * finding.limit, text
 
 
 def test_the_cells_are_those_of_the_shipped_gate(grid: GridConfig) -> None:
