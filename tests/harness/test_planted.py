@@ -393,7 +393,7 @@ HARMLESS = {
 }
 
 
-FAR = {other_butterflies: 1.5}
+FAR: dict[Plant, float] = {other_butterflies: 1.5}
 """How far beyond its tolerance the root mean square may lie after a harmless change. On an AMD EPYC a chaotic
 model scores one passage of 38 otherwise after this one, which is 1.3 times; all else must keep to its own."""
 
