@@ -136,10 +136,11 @@ class _Bar:
     def __init__(self) -> None:
         self._bar: Any = None
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, doing: str = "") -> None:
         if self._bar is None or self._bar.total != total or done < self._bar.n:
             self.close()
             self._bar = tqdm(total=total)
+        self._bar.set_description_str(doing, refresh=False)
         self._bar.update(done - self._bar.n)
         if done >= total:
             self.close()

@@ -16,8 +16,8 @@ Event = dict[str, Any]
 class Steps:
     """The steps of one cell as events, which a bar in this process or in another shows.
 
-    Events are {"begin": name, "units": cost}, {"done": n, "total": n} (a few a second) and {"end": name}.
-    `stage` is the step at work.
+    Events are {"begin": name, "units": cost}, {"done": n, "total": n, "doing": text} (a few a second; the
+    text says what of the step, where it has parts) and {"end": name}. `stage` is the step at work.
     """
 
     def __init__(self, send: Callable[[Event], None]) -> None:
@@ -32,10 +32,10 @@ class Steps:
         yield
         self._send({"end": name})
 
-    def advance(self, done: int, total: int) -> None:
+    def advance(self, done: int, total: int, doing: str = "") -> None:
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + 0.25
-            self._send({"done": done, "total": total})
+            self._send({"done": done, "total": total, "doing": doing})
 
 
 class Progress:
@@ -53,14 +53,18 @@ class Progress:
             dynamic_ncols=True,
             mininterval=0.5,
         )
+        self._label = ""
         self._step = 0.0
         self._inside = 0.0
 
     def begin(self, label: str, units: float) -> None:
-        self._step, self._inside = units, 0.0
+        self._label, self._step, self._inside = label, units, 0.0
         self._bar.set_description_str(label)
 
-    def advance(self, done: int, total: int) -> None:
+    def advance(self, done: int, total: int, doing: str = "") -> None:
+        """Parts of a step follow one another: the furthest that one has come counts for the bar."""
+        if doing:
+            self._bar.set_description_str(f"{self._label}: {doing} ({done} of {total})")
         reached = self._step * min(1.0, done / max(total, 1))
         self._bar.update(max(0.0, reached - self._inside))
         self._inside = max(self._inside, reached)
@@ -95,7 +99,7 @@ class Progress:
         elif "end" in event:
             self.end()
         elif "done" in event:
-            self.advance(event["done"], event["total"])
+            self.advance(event["done"], event["total"], event.get("doing", ""))
         elif "say" in event:
             self.say(f"{label}: {event['say']}")
 

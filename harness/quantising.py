@@ -120,14 +120,14 @@ def quantise_cell(
     calibration: Calibration,
     device: torch.device,
     *,
-    progress: Callable[[int, int], None],
+    progress: Callable[[int, int, str], None],
     cache: Path | None,
     probe: Tensor | None = None,
 ) -> Quantised:
     """The cell's decoder on `device`.
 
-    progress: given (done, of how many) while something is learned. cache: where what is learned is kept and
-    looked for; None: nowhere. probe: token ids [B, T] on which the kurtosis of block inputs is measured.
+    progress: given (done, of how many, of what) while something is learned. cache: where what is learned is
+    kept and looked for; None: nowhere. probe: token ids [B, T] on which the kurtosis of block inputs is measured.
 
     Raises UserError for what the cell's method refuses.
     """
@@ -139,7 +139,7 @@ def quantise_cell(
         checkpoint,
         pipeline,
         bits,
-        Context(device, cell.seed, lambda _, done, total: progress(done, total), cache),
+        Context(device, cell.seed, lambda doing, done, total: progress(done, total, doing), cache),
         settings=settings.quantiser,
         calibration=tokens,
         probe=probe,

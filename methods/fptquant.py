@@ -33,7 +33,7 @@ from torch import Tensor
 from methods.bits import Bits, QuantiserSettings
 from methods.decoder import Decoder
 from methods.descent import Schedule, Snapshots, descend
-from methods.device import device_name, placed
+from methods.device import device_name, float32_products, placed
 from methods.errors import UserError
 from methods.function_preserving import Switches, apply, condition_numbers, initial
 from methods.method import Artifact, Context, Method, Plan, default_plan
@@ -68,6 +68,8 @@ class FPTQuant(Method):
     step of the second. local_rate, rate, range_rate: largest steps of Adam (rate 0: the second stage learns
     ranges alone). learn_bits: what the network is quantised to while it learns. range_norm: p of the ranges.
     condition: the largest condition number of a value transform.
+
+    On a GPU the second stage multiplies in TensorFloat-32.
     """
 
     name: ClassVar[str] = "fptquant"
@@ -215,9 +217,12 @@ class FPTQuant(Method):
         def loss_of(rows: Tensor, parameters: dict[str, Tensor]) -> Tensor:
             return divergence(student, ids[rows].to(model.device), taught[rows].to(model.device), parameters)
 
+        precision = "high" if ctx.device.type == "cuda" else "highest"
+
         def objective(step: int, parameters: dict[str, Tensor]) -> float:
-            loss = loss_of(order[step * batch : (step + 1) * batch], parameters)
-            loss.backward()
+            with float32_products(precision):
+                loss = loss_of(order[step * batch : (step + 1) * batch], parameters)
+                loss.backward()
             return float(loss.detach())
 
         def measure(parameters: dict[str, Tensor]) -> float:

@@ -13,8 +13,8 @@ divergence, per token in nats, between the float model's next-token distribution
     ½ KL(p || m) + ½ KL(q || m),  m = (p + q) / 2
 
 Each block is computed again when gradients pass it, and so is each chunk of logits: of what lies between,
-memory holds that of one block and of `CHUNK` tokens. Per-token scaling of the stream does not change what
-linears read, so the student leaves it out.
+memory holds that of one block and of `CHUNK` tokens (more on a GPU). Per-token scaling of the stream does
+not change what linears read, so the student leaves it out.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from methods.function_preserving import (
 from methods.gradients import straight_through
 from methods.transforms import READERS, WRITERS, Edit, merge_online
 
-CHUNK = 128  # tokens whose logits exist at a time
+CHUNK, _CHUNK_ON_GPU = 128, 1024  # tokens whose logits exist at a time
 SITES = {
     "attention": ("self_attn.q_proj.input", "self_attn.k_proj.input", "self_attn.v_proj.input"),
     "output": ("self_attn.o_proj.input",),
@@ -317,17 +317,17 @@ def divergence(student: Student, ids: Tensor, taught: Tensor, parameters: Parame
         p, q = model.logits(State(taught[None])), model.logits(State(own[None]))
         return jensen_shannon(p, q).sum()
 
-    parts = [
+    size = _CHUNK_ON_GPU if own.device.type == "cuda" else CHUNK
+    sums = [
         checkpoint(
             chunk,
-            own[at : at + CHUNK],
-            taught[at : at + CHUNK],
+            *parts,
             use_reentrant=False,
             preserve_rng_state=False,
         )
-        for at in range(0, own.shape[0], CHUNK)
+        for parts in zip(own.split(size), taught.split(size), strict=True)
     ]
-    return torch.stack(parts).sum() / own.shape[0]
+    return torch.stack(sums).sum() / own.shape[0]
 
 
 def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
