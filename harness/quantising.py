@@ -127,7 +127,8 @@ def quantise_cell(
     """The cell's decoder on `device`.
 
     progress: given (done, of how many, of what) while something is learned. cache: where what is learned is
-    kept and looked for; None: nowhere. probe: token ids [B, T] on which the kurtosis of block inputs is measured.
+    kept and looked for; None: nowhere. probe: token ids [B, T] on which the kurtosis of block inputs is
+    measured.
 
     Raises UserError for what the cell's method refuses.
     """

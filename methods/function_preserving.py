@@ -118,26 +118,24 @@ def residual_matrix(parameters: Parameters) -> Tensor | None:
     return start @ orthogonal(skew, signs.numel())
 
 
-def layer_change(parameters: Parameters, layer: int, condition: float) -> LayerChange:
-    """The transforms of one layer. condition: the largest condition number κ of a value transform."""
+def layer_changes(parameters: Parameters, layers: int, condition: float) -> list[LayerChange]:
+    """The transforms of every layer, formed for all at once: on a GPU small products and solves cost their
+    launch. condition: the largest condition number κ of a value transform."""
     value = inverse = None
     if "value.spread" in parameters:
         size = parameters["value.spread"].shape[-1]
-        left, right = (orthogonal(parameters[f"value.{side}"][layer], size) for side in ("left", "right"))
-        stretch = bounded(parameters["value.spread"][layer], math.log(condition) / 2).exp()
-        value = (left * stretch[:, None, :]) @ right.mT
-        inverse = (right / stretch[:, None, :]) @ left.mT
+        left, right = (orthogonal(parameters[f"value.{side}"], size) for side in ("left", "right"))
+        stretch = bounded(parameters["value.spread"], math.log(condition) / 2).exp()[..., None, :]
+        value = (left * stretch) @ right.mT
+        inverse = (right / stretch) @ left.mT
     angle, scale, hidden = (
-        parameters[name][layer] if name in parameters else None
-        for name in ("pre_rope.angle", "pre_rope.scale", "hidden.scale")
+        parameters.get(name) for name in ("pre_rope.angle", "pre_rope.scale", "hidden.scale")
     )
-    return LayerChange(
-        value,
-        inverse,
-        angle,
-        None if scale is None else bounded(scale, SCALE_LIMIT),
-        None if hidden is None else bounded(hidden, SCALE_LIMIT),
-    )
+    scale, hidden = (None if raw is None else bounded(raw, SCALE_LIMIT) for raw in (scale, hidden))
+    columns = [
+        (None,) * layers if each is None else each.unbind() for each in (value, inverse, angle, scale, hidden)
+    ]
+    return [LayerChange(*each) for each in zip(*columns, strict=True)]
 
 
 def change_layer(edit: Edit, change: LayerChange, block: Block) -> None:
@@ -199,9 +197,10 @@ def turn_pairs(rows: Tensor, angle: Tensor, scale: Tensor) -> Tensor:
 def apply(model: Decoder, parameters: Parameters, switches: Switches, condition: float) -> Decoder:
     """Merge the transforms in float64, in place, one block at a time, and set those that run online."""
     exact = {name: tensor.detach().to(model.device, torch.float64) for name, tensor in parameters.items()}
+    changes = layer_changes(exact, model.config.layers, condition)
 
     def change(layer: int, block: Block, edit: Edit) -> None:
-        found = layer_change(exact, layer, condition)
+        found = changes[layer]
         change_layer(edit, found, block)
         gains = head_gains(found, block)
         if gains is not None:

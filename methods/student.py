@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +34,12 @@ from kernels.ops import find_range
 from methods.bits import ActivationSpec, KVSpec
 from methods.decoder import Attention, Block, Decoder, RMSNorm, State, attention_mask
 from methods.function_preserving import (
+    LayerChange,
     Parameters,
     change_layer,
     hadamard_of,
     head_gains,
-    layer_change,
+    layer_changes,
     residual_matrix,
 )
 from methods.gradients import straight_through
@@ -66,10 +68,12 @@ def _round(x: Tensor) -> Tensor:
 
 def quantise_between(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     """x̂ of the equations above; low < 0 < high broadcast against x."""
-    top = 2**bits - 1
-    scale = (high - low) / top
-    zero = _round(-low / scale)
-    return ((_round(x / scale) + zero).clamp(0, top) - zero) * scale
+    scale = (high - low) / (2**bits - 1)
+    return _quantise(x, scale, _round(-low / scale), bits)
+
+
+def _quantise(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    return ((_round(x / scale) + zero).clamp(0, 2**bits - 1) - zero) * scale
 
 
 def quantise_rows(x: Tensor, bits: int, *, symmetric: bool, clip: float, group: int | None = None) -> Tensor:
@@ -103,18 +107,20 @@ class Student:
     weight_bits: int = 16
     shares: Mapping[tuple[int, str], Tensor] = field(default_factory=dict)
 
+    def changes(self, parameters: Parameters) -> list[LayerChange]:
+        """What `merged` merges into every layer."""
+        return layer_changes(parameters, self.model.config.layers, self.condition)
+
     def merged(
-        self, layer: int, block: Block, parameters: Parameters, residual: Tensor | None
+        self, block: Block, change: LayerChange, residual: Tensor | None, dtype: torch.dtype
     ) -> tuple[Edit, tuple[Tensor, Tensor] | None]:
-        """The weights and biases of a block with all transforms merged, in the parameters' dtype, and the
-        gains of its query and key norms where these change."""
-        dtype = next(iter(parameters.values())).dtype if parameters else block.mlp.down_proj.weight.dtype
+        """The weights and biases of a block with all transforms merged, in `dtype`, and the gains of its
+        query and key norms where these change."""
         edit = Edit()
         for name, linear in block.linears():
             edit.weights[name] = linear.weight.to(dtype)
             if linear.bias is not None:
                 edit.biases[name] = linear.bias.to(dtype)
-        change = layer_change(parameters, layer, self.condition)
         change_layer(edit, change, block)
         for norm, readers in (
             (block.input_layernorm, READERS[:3]),
@@ -148,15 +154,13 @@ class Student:
         x = model.embed(ids).stream
         turns = residual if self.weight_bits == 16 else None
         x = x if residual is None or turns is not None else x @ residual.to(x.dtype)
-        for layer, block in enumerate(model.layers):
+        dtype = dtype_of(parameters, model)
+        layers = zip(model.layers, self.changes(parameters), self._codes(parameters, x.dtype), strict=True)
+        for layer, (block, change, codes) in enumerate(layers):
             assert isinstance(block, Block)
             mask = attention_mask(length, 0, None, block.self_attn.window, ids.device)
-
-            def run(
-                x: Tensor, layer: int = layer, block: Block = block, mask: Tensor | None = mask
-            ) -> Tensor:
-                return self._block(layer, block, parameters, residual, turns, x, angles, mask)
-
+            merged = partial(self.merged, block, change, None if turns is not None else residual, dtype)
+            run = partial(self._block, layer, block, merged, codes, turns, angles=angles, mask=mask)
             x = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
         return x if residual is None or turns is not None else x @ residual.mT.to(x.dtype)
 
@@ -164,10 +168,11 @@ class Student:
         self,
         layer: int,
         block: Block,
-        parameters: Parameters,
-        residual: Tensor | None,
+        merged: Callable[[], tuple[Edit, tuple[Tensor, Tensor] | None]],
+        codes: Mapping[str, tuple[Tensor, Tensor]],
         turns: Tensor | None,
         x: Tensor,
+        *,
         angles: tuple[Tensor, Tensor],
         mask: Tensor | None,
     ) -> Tensor:
@@ -175,7 +180,7 @@ class Student:
         model's own where `turns` is that matrix and serves the quantisers alone, which for weights that are
         not rounded is the same function and far cheaper for few tokens."""
         attention = block.self_attn
-        edit, gains = self.merged(layer, block, parameters, None if turns is not None else residual)
+        edit, gains = merged()
         batch, length, _ = x.shape
 
         def project(name: str, x: Tensor) -> Tensor:
@@ -184,7 +189,7 @@ class Student:
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
         def quantised(site: str, x: Tensor) -> Tensor:
-            return self._quantised(layer, site, x, parameters)
+            return self._quantised(site, x, codes)
 
         def normalised(site: str, norm: RMSNorm) -> Tensor:
             read = (x / norm.rms(x)).to(x.dtype)
@@ -214,13 +219,31 @@ class Student:
         hidden = hadamard_of(self.model.config)(hidden) if self.hadamard else hidden
         return x + project("mlp.down_proj", quantised("hidden", hidden))
 
-    def _quantised(self, layer: int, site: str, x: Tensor, parameters: Parameters) -> Tensor:
-        spec = self.kv if site in ("key", "value") else self.activation
+    def _spec(self, site: str) -> ActivationSpec | KVSpec | None:
+        return self.kv if site in ("key", "value") else self.activation
+
+    def _codes(self, parameters: Parameters, dtype: torch.dtype) -> list[dict[str, tuple[Tensor, Tensor]]]:
+        """Scale and zero-point, scalars, of every site with a static range, for every layer; formed for all
+        layers at once."""
+        specs = {site: self._spec(site) for site in SITES}
+        widths = {site: spec.bits for site, spec in specs.items() if spec is not None and spec.static}
+        if not widths:
+            return [{} for _ in self.model.layers]
+        low, high = (
+            end.to(dtype)[:, [_PLACE[site] for site in widths]].unbind(1) for end in ends(parameters)
+        )
+        found = {}
+        for (site, bits), bottom, top in zip(widths.items(), low, high, strict=True):
+            scale = (top - bottom) / (2**bits - 1)
+            found[site] = zip(scale.unbind(), _round(-bottom / scale).unbind(), strict=True)
+        return [dict(zip(found, each, strict=True)) for each in zip(*found.values(), strict=True)]
+
+    def _quantised(self, site: str, x: Tensor, codes: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+        spec = self._spec(site)
         if spec is None:
             return x
         if spec.static:
-            low, high = ends(parameters, layer, site)
-            return quantise_between(x, low.to(x.dtype), high.to(x.dtype), spec.bits)
+            return _quantise(x, *codes[site], spec.bits)
         group = spec.group if isinstance(spec, ActivationSpec) else None
         return quantise_rows(x, spec.bits, symmetric=spec.symmetric, clip=spec.clip, group=group)
 
@@ -229,15 +252,23 @@ class Student:
 def best_shares(student: Student, parameters: Parameters, bits: int) -> dict[tuple[int, str], Tensor]:
     """For `Student.shares`: what the search for ranges finds on the merged weights."""
     residual = residual_matrix(parameters)
+    dtype = dtype_of(parameters, student.model)
     shares = {}
-    for layer, block in enumerate(student.model.layers):
+    for layer, (block, change) in enumerate(
+        zip(student.model.layers, student.changes(parameters), strict=True)
+    ):
         assert isinstance(block, Block)
-        edit, _ = student.merged(layer, block, parameters, residual)
+        edit, _ = student.merged(block, change, residual, dtype)
         for name, weight in edit.weights.items():
             scale, _ = find_range(weight, bits, symmetric=True, search=True)
             whole = weight.abs().amax(1, keepdim=True).clamp(min=1e-8) / (2 ** (bits - 1) - 1)
             shares[layer, name] = scale / whole
     return shares
+
+
+def dtype_of(parameters: Parameters, model: Decoder) -> torch.dtype:
+    """In which weights are merged: the parameters'."""
+    return next((tensor.dtype for tensor in parameters.values()), model.dtype)
 
 
 def _times_gain(weight: Tensor, norm: RMSNorm) -> Tensor:
@@ -263,10 +294,9 @@ def _normalised(
 # Ranges
 
 
-def ends(parameters: Parameters, layer: int, site: str) -> tuple[Tensor, Tensor]:
-    """Low and high of a static range, scalars."""
-    place = _PLACE[site]
-    return -parameters["range.low"][layer, place].exp(), parameters["range.high"][layer, place].exp()
+def ends(parameters: Parameters) -> tuple[Tensor, Tensor]:
+    """Low and high of the static ranges, [layers, 6]."""
+    return -parameters["range.low"].exp(), parameters["range.high"].exp()
 
 
 def range_parameters(ranges: Mapping[str, Tensor], layers: int, bits: Mapping[str, int]) -> dict[str, Tensor]:
@@ -287,9 +317,10 @@ def learned_ranges(parameters: Parameters, bits: Mapping[str, int]) -> dict[str,
     found = {}
     # What ships is in half precision: its logarithms are taken as they are, their ends are not rounded again.
     parameters = {name: parameters[name].detach().to("cpu", torch.float32) for name in RANGES}
-    for layer in range(parameters["range.low"].shape[0]):
+    lows, highs = ends(parameters)
+    for layer in range(lows.shape[0]):
         for site, width in bits.items():
-            low, high = ends(parameters, layer, site)
+            low, high = lows[layer, _PLACE[site]], highs[layer, _PLACE[site]]
             scale = (high - low) / (2**width - 1)
             zero = (-low / scale).round()
             for stem in SITES[site]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 from unittest import mock
 
@@ -26,7 +26,7 @@ from methods.function_preserving import (
     condition_numbers,
     hadamard_of,
     initial,
-    layer_change,
+    layer_changes,
     orthogonal,
     residual_matrix,
     turn_pairs,
@@ -194,7 +194,7 @@ def test_value_transforms_cannot_become_singular(size: float, condition: float, 
         "value.right": torch.randn(1, 2, 28, generator=generator, dtype=torch.float64),
         "value.spread": size * torch.randn(1, 2, 8, generator=generator, dtype=torch.float64),
     }
-    change = layer_change(parameters, 0, condition)
+    (change,) = layer_changes(parameters, 1, condition)
     assert change.value is not None
     assert change.value_inverse is not None
     assert float(torch.linalg.cond(change.value).max()) <= condition * (1 + 1e-9)
@@ -206,7 +206,7 @@ def test_value_transforms_cannot_become_singular(size: float, condition: float, 
 
 def test_scales_are_bounded() -> None:
     parameters = {"hidden.scale": torch.tensor([[1e9, -1e9, 0.1]], dtype=torch.float64)}
-    hidden = layer_change(parameters, 0, 2.0).hidden
+    hidden = layer_changes(parameters, 1, 2.0)[0].hidden
     assert hidden is not None
     assert hidden.exp().tolist() == pytest.approx([32.0, 1 / 32.0, math.exp(0.1)], rel=1e-3)
 
@@ -226,14 +226,13 @@ def test_pairs_are_turned_as_rope_turns_them() -> None:
 
 
 def wrong(function: Callable[..., Any], **changes: Any) -> Callable[..., Any]:
-    """`layer_change` with some of its results changed."""
+    """`layer_changes` with some of its results changed."""
 
-    def changed(*arguments: Any, **named: Any) -> LayerChange:
-        found = function(*arguments, **named)
-        values = {field.name: getattr(found, field.name) for field in fields(found)}
-        return LayerChange(
-            **{name: changes[name](value) if name in changes else value for name, value in values.items()}
-        )
+    def changed(*arguments: Any, **named: Any) -> list[LayerChange]:
+        return [
+            replace(found, **{name: change(getattr(found, name)) for name, change in changes.items()})
+            for found in function(*arguments, **named)
+        ]
 
     return changed
 
@@ -253,7 +252,7 @@ def biases_forgotten(edit: Edit, name: str, turn: Callable[[Tensor], Tensor]) ->
 
 
 original_rows = function_preserving._rows
-original_change = function_preserving.layer_change
+original_changes = function_preserving.layer_changes
 
 
 @pytest.mark.parametrize(
@@ -263,8 +262,8 @@ original_change = function_preserving.layer_change
         ("_rows", biases_forgotten, "pre_rope"),
         ("_rows", biases_forgotten, "value"),
         ("_rows", biases_forgotten, "up_down"),
-        ("layer_change", wrong(original_change, value_inverse=lambda x: x.mT), "value"),
-        ("layer_change", wrong(original_change, value_inverse=lambda x: x.roll(1, 0)), "value"),
+        ("layer_changes", wrong(original_changes, value_inverse=lambda x: x.mT), "value"),
+        ("layer_changes", wrong(original_changes, value_inverse=lambda x: x.roll(1, 0)), "value"),
     ],
 )
 def test_planted_mistakes_are_seen(attribute: str, mistake: Callable[..., None], kind: str) -> None:
