@@ -4,7 +4,10 @@
     python -m harness.report results/reference/rotations.tar.xz --out reports/rotations
 
 An archive holds what a report is made of: run.json, records and samples, no logs, histories or locks. The
-commands that read runs read it as they read a folder. The same run gives the same bytes.
+commands that read runs read it as they read a folder. The same run gives the same bytes. `--lean` makes it a
+third as large: sample rows keep four decimals, and of the choices of a question the right one's likelihood
+alone, so that reports are the same but for last digits. Metrics in the records stay as they were measured;
+each task says that its samples are "lean".
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from harness import store
-from harness.records import read_run
+from harness.records import Record, read_run
 from kernels.command import run_command
 from methods.errors import UserError
 
@@ -29,13 +33,14 @@ SUFFIX = ".tar.xz"
 MEMBER = re.compile(r"\w[\w.+-]*/(run\.json|\w+/cell\.json|\w+/samples/\w[\w.+-]*\.jsonl)")
 LARGEST, MOST = 1 << 30, 100_000
 """Bytes and files that an archive may unpack to."""
+DECIMALS = 4
 
 
-def pack(run: Path, archive: Path) -> None:
+def pack(run: Path, archive: Path, *, lean: bool = False) -> None:
     """Write a run folder as one file, replaced whole or not at all.
 
-    UserError where the run cannot be read, lacks cells that run.json names, holds others, or has samples that
-    are not those of its records.
+    lean: with the samples shortened as above. UserError where the run cannot be read, lacks cells that
+    run.json names, holds others, or has samples that are not those of its records.
     """
     if not archive.name.endswith(SUFFIX):
         raise UserError(f"archive {archive}: give a name that ends in {SUFFIX}")
@@ -49,29 +54,54 @@ def pack(run: Path, archive: Path) -> None:
             "command filled; give the grid's command for all of them once more, or remove that file"
         )
     files = [run / store.MANIFEST] if (run / store.MANIFEST).is_file() else []
+    changed: dict[Path, str] = {}
     for cell in found.cells:
         assert cell.folder is not None
         files.append(cell.folder / store.RECORD)
+        tasks = {}
         for task, entry in cell.record["tasks"].items():
+            tasks[task] = entry
             if entry.get("samples"):
                 try:
-                    cell.samples(task)
+                    rows = cell.samples(task)
                 except ValueError as error:
                     raise UserError(f"run folder {run}: {error}") from error
                 files.append(cell.folder / entry["samples"])
+                if lean:
+                    text, sha256 = store.encoded_samples(_shortened(row) for row in rows)
+                    tasks[task] = {**entry, "samples_sha256": sha256, "lean": True}
+                    changed[cell.folder / entry["samples"]] = text
+        if lean:
+            changed[cell.folder / store.RECORD] = store.encoded_record({**cell.record, "tasks": tasks})
     name = archive.name.removesuffix(SUFFIX)
     archive.parent.mkdir(parents=True, exist_ok=True)
     partial = archive.with_name(f".{archive.name}.partial")
     try:
         with tarfile.open(partial, "w:xz", preset=9, format=tarfile.PAX_FORMAT) as tar:
-            for file in sorted(files):
-                data = file.read_bytes()
+            for file in sorted(files, key=lambda file: (file.name, file)):  # alike beside alike
+                data = changed[file].encode() if file in changed else file.read_bytes()
                 about = tarfile.TarInfo(f"{name}/{file.relative_to(run).as_posix()}")
                 about.size = len(data)
                 tar.addfile(about, BytesIO(data))
         partial.replace(archive)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _shortened(row: Record) -> Record:
+    choices, gold = row.get("choices"), row.get("gold")
+    if isinstance(choices, list) and isinstance(gold, int):
+        row = {**row, "choices": [value if place == gold else None for place, value in enumerate(choices)]}
+    short: Record = _rounded(row)
+    return short
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return round(value, DECIMALS) if isinstance(value, float) else value
 
 
 def is_archive(run: Path) -> bool:
@@ -117,11 +147,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m harness.archive", description="Pack a run into one file that reports are made from."
     )
-    parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="a folder that the grid wrote")
+    parser.add_argument(
+        "run_folder",
+        type=Path,
+        metavar="RUN_FOLDER",
+        help="a folder that the grid wrote, or an archive of one",
+    )
     parser.add_argument("archive", type=Path, metavar=f"FILE{SUFFIX}")
+    parser.add_argument(
+        "--lean",
+        action="store_true",
+        help="samples with four decimals and without wrong answers' likelihoods",
+    )
     arguments = parser.parse_args(argv)
     try:
-        pack(arguments.run_folder, arguments.archive)
+        with opened(arguments.run_folder) as run:
+            pack(run, arguments.archive, lean=arguments.lean)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

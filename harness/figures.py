@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harness import comparison_plots, inference, plots
 from harness.evidence import Differences, over
+from harness.inputs import drawn
 from harness.records import Cell, Column, Model, Record, Row, mean_accuracy, number, overall
 from harness.stats import Estimate, Paired
 from harness.tables import mark, perplexity_of
@@ -25,7 +26,7 @@ ERRORS = """\
 *Relative error ‖Ŵ - W‖ / ‖W‖ (Frobenius norm) that rounding left in each layer, mean over its linears: of \
 the weights as the transform made them, so that a lower line means that the transform made them easier to \
 round. A peak names a layer that bit-widths of its own could help. It does not say how much the outputs \
-suffer: GPTQ trades larger weight errors for smaller output errors.*"""
+suffer: GPTQ trades larger weight errors for smaller output errors."""
 
 
 def bits_section(model: Model, figures: Path, stem: str) -> list[str]:
@@ -80,6 +81,7 @@ def kurtosis_section(model: Model, figures: Path, stem: str) -> list[str]:
                 measured[row.label] = points
                 break
     sites = list(dict.fromkeys(str(point["site"]) for points in measured.values() for point in points))
+    shown, left_out = drawn(measured)
     panels, changed = [], set()
     for site in sorted(sites, key=lambda site: (*SITES, site).index(site)):
         before: list[tuple[int, float]] = []
@@ -92,6 +94,7 @@ def kurtosis_section(model: Model, figures: Path, stem: str) -> list[str]:
             moved = any(abs(b - a) > 1e-3 * abs(a) for (_, a), (_, b) in zip(first, then, strict=True))
             if moved:  # methods without a transform stay on the line of before
                 changed.add(label)
+            if moved and label in shown:
                 after[then] = (*after.get(then, ()), label)
         title = {"attention": "attention inputs", "mlp": "MLP inputs"}.get(site, site)
         panels.append(plots.KurtosisPanel(title, before, {names: line for line, names in after.items()}))
@@ -106,7 +109,7 @@ def kurtosis_section(model: Model, figures: Path, stem: str) -> list[str]:
         "*Mean kurtosis of a token's activations in each layer (4th standardised moment, log scale): high "
         "means a few outlier channels that a 4-bit grid must stretch to. A transform that works pulls its "
         "line from the grey one down to the Gaussian's 3 or below, towards the uniform's 1.8; the lower "
-        f"panels show what is left of it, where transforms differ.{same}*",
+        f"panels show what is left of it, where transforms differ.{same}{left_out}*",
     ]
 
 
@@ -162,12 +165,19 @@ def errors_section(model: Model, figures: Path, stem: str) -> list[str]:
             panels.setdefault(row.bits, {})[row.label] = errors
     if not panels:
         return []
-    drawn = [comparison_plots.ErrorPanel(bits, series) for bits, series in panels.items()]
-    comparison_plots.errors_figure(figures / f"{stem}-errors.svg", drawn, model.labels)
+    shown, left_out = drawn(
+        [label for label in model.labels if any(label in each for each in panels.values())]
+    )
+    found = [
+        comparison_plots.ErrorPanel(bits, {label: line for label, line in series.items() if label in shown})
+        for bits, series in panels.items()
+        if series.keys() & set(shown)
+    ]
+    comparison_plots.errors_figure(figures / f"{stem}-errors.svg", found, model.labels)
     return [
         "### Rounding error by layer",
         f"![Relative rounding error of the weights of each layer](figures/{stem}-errors.svg)",
-        ERRORS,
+        f"{ERRORS}{left_out}*",
     ]
 
 

@@ -3,7 +3,8 @@ on text that no method learned from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ LAYERS = """\
 *The same by layer: above, the largest value of a token over its root mean square (log scale); below, \
 signal to noise under the 4-bit quantiser (6 dB are one bit). A transform that works pulls the upper lines \
 down and lifts the lower ones in every layer; a layer that stays behind is where the next error comes from. \
-Kurtosis by layer stands under the outliers.*"""
+Kurtosis by layer stands under the outliers."""
 HISTOGRAMS = """\
 *How often values of block inputs occur, in units of their token's root mean square, all layers together \
 (log scale; the outermost bins hold all that lies beyond). Outlier channels make the long tails of the grey \
-line; the narrower a line, the finer its 4-bit grid.*"""
+line; the narrower a line, the finer its 4-bit grid."""
+
+LINES = 8
 
 
 def inputs_section(model: Model, figures: Path, stem: str) -> list[str]:
@@ -52,16 +55,23 @@ def inputs_section(model: Model, figures: Path, stem: str) -> list[str]:
         INPUTS,
         table(["method", "kurtosis", "largest / rms", "signal to noise (dB)"], lines),
     ]
-    plots.layers_figure(figures / f"{stem}-layers.svg", _layers(measured), model.labels)
+    shown, left_out = drawn(measured)
+    panels_by_layer = _layers({label: measured[label] for label in shown})
+    plots.layers_figure(figures / f"{stem}-layers.svg", panels_by_layer, model.labels)
     text += [
         f"![Largest value and signal to noise of block inputs by layer](figures/{stem}-layers.svg)",
-        LAYERS,
+        f"{LAYERS}{left_out}*",
     ]
     if not panels:
         return text
-    plots.histogram_figure(figures / f"{stem}-inputs.svg", list(panels.values()), model.labels)
+    shown, left_out = drawn(dict.fromkeys(label for panel in panels.values() for label in panel.after))
+    histograms = [
+        replace(panel, after={label: panel.after[label] for label in shown if label in panel.after})
+        for panel in panels.values()
+    ]
+    plots.histogram_figure(figures / f"{stem}-inputs.svg", histograms, model.labels)
     alt = "Histograms of block inputs before and after each transform"
-    return [*text, f"![{alt}](figures/{stem}-inputs.svg)", HISTOGRAMS]
+    return [*text, f"![{alt}](figures/{stem}-inputs.svg)", f"{HISTOGRAMS}{left_out}*"]
 
 
 def _layers(measured: Mapping[str, Sequence[Record]]) -> list[plots.LayersPanel]:
@@ -93,6 +103,16 @@ def _means(points: Sequence[Record], when: str) -> list[str]:
 def one_width(model: Model) -> list[Row]:
     """Each label's row of fewest bits: what is learned is the same at every bit-width."""
     return list({row.label: row for row in model.rows if not row.first.is_float}.values())
+
+
+def drawn(labels: Collection[str]) -> tuple[list[str], str]:
+    """Which methods a figure of lines shows, in their order, and its caption's word on the others: more than
+    `LINES` cannot be told apart. Those with the fewest options come first."""
+    first = sorted(labels, key=lambda label: label.count("="))[:LINES]
+    shown = [label for label in labels if label in first]
+    if len(shown) == len(labels):
+        return shown, ""
+    return shown, f" Drawn: {len(shown)} of {len(labels)} methods, those with the fewest options."
 
 
 def diagnostic(row: Row, what: str) -> Any:

@@ -295,7 +295,7 @@ def plot(record: Row, stream: TextIO) -> None:
         figure.legend(
             handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False
         )
-    stream.write(svg.drawn(figure, outlines=False))
+    stream.write(svg.drawn(figure))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -92,21 +92,35 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON; numbers that are not finite, which JSON lacks, become null."""
-    write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+    write_text(path, _json(value))
+
+
+def _json(value: Record) -> str:
+    return json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
 
 
 def write_record(folder: Path, record: Record) -> None:
     """Write a cell's record, sealed with the sha256 of all that a second run reproduces."""
+    write_text(folder / RECORD, encoded_record(record))
+
+
+def encoded_record(record: Record) -> str:
     whole = json.loads(json.dumps(_finite(record)))  # as it will be read
-    write_json(folder / RECORD, {**whole, "sha256": content_sha256(whole)})
+    return _json({**whole, "sha256": content_sha256(whole)})
 
 
 def write_samples(folder: Path, task: str, rows: Iterable[Record]) -> Record:
     """Write a task's sample rows; returns what the record says of them: {"samples", "samples_sha256"}."""
-    text = "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
+    text, sha256 = encoded_samples(rows)
     name = f"samples/{task}.jsonl"
     write_text(folder / name, text)
-    return {"samples": name, "samples_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return {"samples": name, "samples_sha256": sha256}
+
+
+def encoded_samples(rows: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
+    """What is written of sample rows, and its sha256."""
+    text = "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
+    return text, hashlib.sha256(text.encode()).hexdigest()
 
 
 def content_sha256(record: Record) -> str:

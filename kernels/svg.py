@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 if TYPE_CHECKING:
@@ -16,11 +16,17 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "quantgrid",
+    "svg.fonttype": "none",
+    # What figures are laid out for, and what is as wide elsewhere.
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
+}
 DECIMALS = 2
 """Of coordinates: in points, and within a word in hundredths of its size."""
 _SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _HREF = f"{{{_LINK}}}href"
-_GROUP, _USE = f"{{{_SVG}}}g", f"{{{_SVG}}}use"
+_GROUP, _USE, _TEXT = (f"{{{_SVG}}}{tag}" for tag in ("g", "use", "text"))
 _NOT_DRAWN = (f"{{{_SVG}}}defs", f"{{{_SVG}}}clipPath")
 _OWN = ("stroke-linejoin", "stroke-linecap")
 """What matplotlib's style sheet says of each element by itself, so that none takes it from its group."""
@@ -29,13 +35,13 @@ _SHIFT = re.compile(r"translate\(([^\s)]+) ([^\s)]+)\)")
 _STEP = re.compile(r"([A-DF-Za-df-z])([^A-DF-Za-df-z]*)")  # an e is part of a number
 
 
-def drawn(figure: Figure, *, outlines: bool = True) -> str:
-    """The text of a figure's file. outlines: letters are drawn, so that it looks the same whatever fonts its
-    reader has; else they stay text."""
+def drawn(figure: Figure) -> str:
+    """The text of a figure's file. Letters stay text: found by a search, read aloud, and half as large as
+    their outlines."""
     import matplotlib  # here, as commands that draw nothing do without
 
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "quantgrid", "svg.fonttype": "path" if outlines else "none"}):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(text, format="svg")
     return smaller(text.getvalue())
 
@@ -43,10 +49,9 @@ def drawn(figure: Figure, *, outlines: bool = True) -> str:
 def smaller(text: str) -> str:
     """What matplotlib wrote, with fewer bytes for the same picture, and one line for an element.
 
-    Its metadata goes, with the date; its comments stay: the words of which only outlines are drawn.
+    Its metadata goes, with the date.
     """
-    builder = ElementTree.TreeBuilder(insert_comments=True)
-    root = ElementTree.fromstring(text, ElementTree.XMLParser(target=builder))
+    root = ElementTree.fromstring(text)
     for metadata in root.findall(f"{{{_SVG}}}metadata"):
         root.remove(metadata)
     _rename(root)
@@ -59,6 +64,7 @@ def smaller(text: str) -> str:
     for each in root.iter():
         if each is not root:  # whose size has a unit
             _round(each)
+    _letters(root)
     _gather(root)
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", _LINK)
@@ -99,6 +105,23 @@ def _round(element: Element) -> None:
                 element.set(key, value)
 
 
+def _letters(root: Element) -> None:
+    """Words by themselves say no more than where they differ from the others and from what is usual."""
+    words = [each for each in root.iter(_TEXT) if "font-family" in _style(each)]
+    families = {_style(each)["font-family"] for each in words}
+    for each in words:
+        style = _style(each)
+        if len(families) == 1:
+            del style["font-family"]
+        if style.get("text-anchor") == "start":
+            del style["text-anchor"]
+        _dress(each, style)
+        if each.get("transform", "").startswith("rotate(-0 "):
+            del each.attrib["transform"]
+    if len(families) == 1:
+        _dress(root, _style(root) | {"font-family": families.pop()})
+
+
 def _path(text: str) -> str:
     """A path without the letters that repeat: after a line comes a line, after a move, too."""
     parts, implied = [], ""
@@ -116,7 +139,7 @@ def _number(text: str) -> str:
 
 def _gather(element: Element) -> None:
     """Give each group below the style that all inside share, and take away groups that say nothing."""
-    if element.tag == f"{{{_SVG}}}text":  # where spaces count
+    if element.tag == _TEXT:  # where spaces count
         return
     parts: list[Element] = []
     for each in element:

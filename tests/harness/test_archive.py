@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import archive, compare, report
+from harness import archive, compare, report, store
 from tests.harness.runs import write_cell
 
 
@@ -60,6 +60,43 @@ def test_equal_runs_are_equal_bytes_without_what_no_report_reads(run: Path) -> N
         names = tar.getnames()
     assert sum(name.endswith("/cell.json") for name in names) == 3
     assert not any(name.endswith((".log", ".lock")) for name in names)
+
+
+def test_a_lean_one_reads_alike_and_says_so(run: Path, tmp_path: Path) -> None:
+    """Of 20 questions with likelihoods that no four decimals can hold."""
+    for number, path in enumerate(run.glob("*/cell.json")):
+        rows = [
+            {**row, "choices": [-1 / (3 + number), -2 / 3, -row["doc_id"] / 7], "gold": 2}
+            for row in map(json.loads, (path.parent / "samples/mmlu_local.jsonl").read_text().splitlines())
+        ]
+        record = json.loads(path.read_text())
+        record["tasks"]["mmlu_local"] |= store.write_samples(path.parent, "mmlu_local", rows)
+        store.write_record(path.parent, record)
+    target = tmp_path / "kept" / "study.tar.xz"
+    assert archive.main([str(run), str(target), "--lean"]) == 0
+    again = tmp_path / "again" / "study.tar.xz"
+    assert archive.main([str(target), str(again), "--lean"]) == 0
+    assert again.read_bytes() == target.read_bytes()
+    packed(run, "whole.tar.xz")
+    assert target.stat().st_size < (tmp_path / "kept" / "whole.tar.xz").stat().st_size
+    with archive.opened(target) as folder:
+        for path in run.glob("*/cell.json"):
+            short = store.read_record(folder / path.parent.name)
+            whole = store.read_record(path.parent)
+            assert short is not None and whole is not None
+            for name, task in short["tasks"].items():
+                assert task["lean"] and task["metrics"] == whole["tasks"][name]["metrics"]
+            first = json.loads(
+                (folder / path.parent.name / "samples/mmlu_local.jsonl").read_text().splitlines()[1]
+            )
+            assert first["choices"] == [None, None, round(-first["doc_id"] / 7, 4)]
+    tables = []
+    for source in (run, target):
+        assert report.main([str(source), "--out", str(tmp_path / "out")]) == 0
+        text = (tmp_path / "out" / "report.md").read_text()
+        assert "right answer" in text
+        tables.append([line for line in text.splitlines() if line.startswith("| w4a16")][:6])
+    assert tables[0] == tables[1]
 
 
 def test_an_archive_needs_a_place_for_its_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,8 +44,10 @@ MEMORY = {
 
 
 def words(path: Path) -> list[str]:
-    """The words of a figure, which matplotlib writes beside their outlines."""
-    return [text.strip() for text in re.findall(r"<!-- (.*?) -->", path.read_text(encoding="utf-8"))]
+    """The words of a figure."""
+    return [
+        text.strip() for text in re.findall(r"<text[^>]*>([^<]+)</text>", path.read_text(encoding="utf-8"))
+    ]
 
 
 @pytest.fixture(scope="module")
