@@ -149,11 +149,10 @@ def recovery_section(model: Model, problems: dict[str, None]) -> list[str]:
         return [title, RECOVERY, *note]
     lines = []
     for row in rows:
-        line = [row.bits, row.label]
-        for column in known:
-            line.append(_recovery(model.floats, row, column, problems) if column in shown else "–")
-        lines.append(line)
-    return [title, RECOVERY, table(["bits", "method", *(f"{c.title} (%)" for c in known)], lines), *note]
+        lines.append(
+            [row.bits, row.label, *(_recovery(model.floats, row, column, problems) for column in shown)]
+        )
+    return [title, RECOVERY, table(["bits", "method", *(f"{c.title} (%)" for c in shown)], lines), *note]
 
 
 def _exceeds_chance(cell: Cell, column: Column) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,10 @@ import pytest
 
 from harness import compare, stats
 from harness.archive import opened
-from harness.gains import change_text, gains_section
-from harness.records import Cell, models_of, read_cell, read_run
+from harness.records import Cell, read_cell, read_run
 from harness.report import write_report
 from kernels import recorded, verdicts
 from kernels.targets import BF16_ATTENTION
-from methods.checkpoint import SHIPPED_MODELS
 
 TASK = "perplexity_wikipedia"
 
@@ -91,184 +88,6 @@ def test_reports_are_what_the_results_give(root: Path, tmp_path: Path, name: str
     with opened(root / "results" / "reference" / name) as run:
         path = write_report(run, tmp_path)
         assert path.read_text() == (root / "reports" / run.name / "report.md").read_text()
-
-
-def test_what_learned_rotations_bring_is_what_the_docs_say(root: Path) -> None:
-    readme = (root / "docs" / "methods.md").read_text()
-    report = (root / "reports" / "rotations" / "report.md").read_text()
-    gains = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in report.partition("### Does learning pay?")[2].partition("\n### ")[0].splitlines()
-        if line.startswith("| w4a4kv4")
-    ]
-    plain = {(name.removesuffix(" (gptq)"), against): rest for _, name, against, *rest in gains}
-    for method in ("kurtail", "spinquant", "spinquant:start=kurtail"):
-        assert f"| {' | '.join((method, *plain[method, 'quarot (gptq)']))} |" in readme
-    wikipedia, news = plain["kurtail", "spinquant (gptq)"][1:3]
-    flat = " ".join(readme.split())
-    for text, said in (("Wikipedia", wikipedia), ("news", news)):
-        assert f"{said.replace(' [', ' % [')} on {text}" in flat
-    spreads = re.findall(r"^\| (\(before\)|kurtail \(gptq\)|quarot \(gptq\)) +\| +([\d.]+) \|", report, re.M)
-    before, learned, drawn = (dict(spreads)[name] for name in ("(before)", "kurtail (gptq)", "quarot (gptq)"))
-    assert f"from {float(before):.1f} to {learned}, a Hadamard matrix to {drawn}" in flat
-    assert float(learned) <= 2.1
-
-
-def test_what_learning_rotations_took_is_what_the_docs_say(root: Path) -> None:
-    """The study's quick presets, the papers' budgets, and what is shipped."""
-    flat = " ".join((root / "docs" / "methods.md").read_text().split())
-    costs: dict[str, list[Any]] = {}
-    for name in ("rotations", "rotations-paper"):
-        with opened(root / "results" / "reference" / f"{name}.tar.xz") as run:
-            for cell in read_run(run).cells:
-                facts = cell.record["measured"].get("learned") or {}
-                costs.setdefault(cell.record["method"]["spec"], []).extend(facts.values())
-
-    def ranges(method: str, what: str) -> tuple[float, float]:
-        found = [fact[what] for fact in costs[method]]
-        return min(found), max(found)
-
-    quick, capture = ranges("kurtail", "learn_seconds"), ranges("kurtail", "capture_seconds")
-    slow = ranges("spinquant", "learn_seconds")
-    took = "KurTail {:.1f} to {:.1f} s behind a capture of {:.0f} to {:.0f} s, SpinQuant {:.1f} to {:.1f} s"
-    assert took.format(*quick, *capture, *slow) in flat
-    assert 4 * quick[1] <= slow[0]
-    variants = [name for name in costs if name.startswith("kurtail") and "preset" not in name]
-    held, sample = (
-        max(ranges(name, what)[1] for name in variants) / 2**20
-        for what in ("learn_peak_bytes", "sample_bytes")
-    )
-    least, most = (size / 2**20 for size in ranges("spinquant", "learn_peak_bytes"))
-    assert (
-        f"at the most {held:.0f} MiB (with the sample, which waits on the host, {held + sample:.0f}) "
-        f"against {most:.0f}"
-    ) in flat
-    assert 4 * held <= least
-    [fast], [long] = costs["kurtail:preset=paper"], costs["spinquant:preset=paper"]
-    assert (
-        f"KurTail {fast['learn_seconds']:.1f} s behind a capture of {fast['capture_seconds']:.0f} s, "
-        f"SpinQuant {long['learn_seconds']:.0f} s"
-    ) in flat
-    for fact in (fast, long):
-        assert sum(value for name, value in fact.items() if name.endswith("_seconds")) <= 180
-
-
-def section_of(report: str, title: str) -> list[list[str]]:
-    """The cells of every line of a section's table."""
-    text = report.partition(f"### {title}\n")[2].partition("\n### ")[0]
-    return [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in text.splitlines()
-        if line.startswith("| w")
-    ]
-
-
-def test_what_fptquant_brings_is_what_the_docs_say(root: Path) -> None:
-    docs = (root / "docs" / "methods.md").read_text()
-    flat = " ".join(docs.split())
-    report = (root / "reports" / "fptquant" / "report.md").read_text()
-    gains = section_of(report, "Does learning pay?")
-    assert len(gains) == 4
-    for _, method, against, seeds, wikipedia, news, _ in gains:
-        assert seeds == "3"
-        assert f"| {method} | {against} | {wikipedia} | {news} |" in docs
-    changed = {
-        row: (wikipedia, news) for _, row, wikipedia, news in section_of(report, "Options of one method")
-    }
-    for option, said in {
-        "residual=False": "the residual rotation {}",
-        "hadamard=False": "the Hadamard transform before down_proj {}",
-        "steps=0": "end-to-end learning {}",
-        "local_steps=0": "the local stage {}",
-        "up_down=False": "scales of up and down {}",
-        "value=False": "the value transform {}",
-        "pre_rope=False": "the rotation in front of RoPE ({})",
-        "tokens=False": "the per-token scale ({})",
-    }.items():
-        assert said.format(changed[f"fptquant:{option} (gptq)"][0].split()[0]) in flat
-    assert f"(`static=false`, {changed['fptquant:static=False (gptq)'][0]})" in flat
-    rounded = changed["fptquant:learn_bits=w4a4kv4 (rtn)"][0].split()[0].lstrip("-")
-    assert f"are {rounded} nats better than weights rounded afterwards" in flat
-    level = {
-        row[1]: row[4].split()[0]
-        for row in section_of(report.replace("## smollm2", "### smollm2"), "smollm2-135m-instruct")
-    }
-    assert (
-        f"perplexity of {level['static (gptq)']} on Wikipedia, QuaRot with them "
-        f"{level['quarot+static (gptq)']}, FPTQuant {level['fptquant (gptq)']}"
-    ) in flat
-    assert (
-        f"without online parts perplexity is {level['fptquant:hadamard=False;tokens=False (gptq)']}" in flat
-    )
-
-
-@pytest.mark.parametrize("name", ["rotations", "fptquant"])
-def test_what_learning_brings_is_what_the_results_give(root: Path, name: str) -> None:
-    """Of reports that take a minute to write, the table that the docs rest on."""
-    report = (root / "reports" / name / "report.md").read_text()
-    with opened(root / "results" / "reference" / f"{name}.tar.xz") as run:
-        [model] = models_of(read_run(run).cells)
-        title, lines, *_ = gains_section(model)
-    assert f"{title}\n\n{lines}\n" in report
-
-
-def test_outliers_of_fptquants_blocks_are_what_the_docs_say(root: Path) -> None:
-    flat = " ".join((root / "docs" / "methods.md").read_text().split())
-    report = (root / "reports" / "fptquant" / "report.md").read_text()
-    found = dict(re.findall(r"^\| (\S.*? \(gptq\)) +\| +([\d.]+) \| +[\d.]+ \| +[\d.]+ \|$", report, re.M))
-    assert (
-        f"with a kurtosis of {found['fptquant:steps=0 (gptq)']}, where a Hadamard matrix has "
-        f"{found['quarot (gptq)']} and end-to-end learning ends at {found['fptquant (gptq)']}"
-    ) in flat
-
-
-def test_what_the_docs_say_of_the_models_that_ship(root: Path) -> None:
-    flat = " ".join((root / "docs" / "methods.md").read_text().split())
-    about = {
-        name: json.loads((SHIPPED_MODELS / f"twin-{name}" / "quantgrid.json").read_text())
-        for name in ("adam", "osp")
-    }
-    losses = [f"{facts['held_out_loss']:.3f}" for facts in about.values()]
-    assert f"ended at {' and '.join(losses)} nats a token" in flat
-    first, last = (about["adam"]["probes"][place]["excess"][1] for place in (0, -1))
-    assert f"grew from {first:.2f} to {last:.2f} through training" in flat
-    assert f"that of OSP's ended at {about['osp']['probes'][-1]['excess'][1]:.2f}" in flat
-    for facts in about.values():
-        settings = facts["run"]["settings"]
-        assert settings["steps"] * settings["batch"] * settings["length"] == pytest.approx(200e6, rel=1e-3)
-        assert facts["run"]["train_tokens"] == pytest.approx(28e6, rel=0.02)
-        assert facts["run"]["parameters"]["all"] == pytest.approx(1.2e6, rel=0.03)
-
-
-def test_what_ray_costs_is_what_was_printed(root: Path) -> None:
-    docs = (root / "docs" / "clusters.md").read_text()
-    printed = (root / "results" / "reference" / "ray-scaling.txt").read_text()
-    took = re.findall(r"^(local|ray \d) +(\d) +(\d) +([\d.]+) +(\d+) +[\d.]+$", printed, re.M)
-    assert len(took) == 4
-    for name, workers, _, command, cells in took:
-        assert f"| {name.split()[0]} | {workers} | {command} | {cells} |" in docs
-    seconds = {name: (float(command), int(cells)) for name, *_, command, cells in took}
-    assert f"Ray adds {seconds['ray 1'][0] - seconds['local'][0]:.1f} s" in docs
-    assert f"take {seconds['ray 2'][1] / seconds['ray 1'][1]:.2f} of the time" in docs
-    for command in re.findall(r"^\$ python (.*)$", printed, re.M):
-        assert f".venv/bin/python {command}\n" in docs
-
-
-def test_what_the_papers_budgets_bring_is_what_the_docs_say(root: Path) -> None:
-    flat = " ".join((root / "docs" / "methods.md").read_text().split())
-    with opened(root / "results" / "reference" / "rotations-paper.tar.xz") as run:
-        cells = {cell.record["method"]["name"]: cell for cell in read_run(run).cells}
-        for method, said in (
-            ("spinquant", "by {} on Wikipedia and by {} on news"),
-            ("kurtail", "KurTail by {} and {}"),
-        ):
-            shown = []
-            for task in (TASK, "perplexity_news"):
-                paired = stats.paired_log_perplexity(
-                    cells["quarot"].samples(task), cells[method].samples(task)
-                )
-                shown.append(change_text(paired).replace(" [", " % ["))
-            assert said.format(*shown) in flat
 
 
 def test_the_cells_on_a_gpu_are_what_the_readme_says(root: Path) -> None:

@@ -1,0 +1,282 @@
+"""What docs/methods.md and docs/clusters.md say of studies is what is on record."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import stats
+from harness.archive import opened
+from harness.equal_bits import equal_bits_section
+from harness.gains import change_text, gains_section
+from harness.records import Model, models_of, read_run
+from methods.checkpoint import SHIPPED_MODELS
+
+TASK = "perplexity_wikipedia"
+
+
+def test_what_learned_rotations_bring_is_what_the_docs_say(root: Path) -> None:
+    readme = (root / "docs" / "methods.md").read_text()
+    report = (root / "reports" / "rotations" / "report.md").read_text()
+    gains = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in report.partition("### Does learning pay?")[2].partition("\n### ")[0].splitlines()
+        if line.startswith("| w4a4kv4")
+    ]
+    plain = {(name.removesuffix(" (gptq)"), against): rest for _, name, against, *rest in gains}
+    for method in ("kurtail", "spinquant", "spinquant:start=kurtail"):
+        assert f"| {' | '.join((method, *plain[method, 'quarot (gptq)']))} |" in readme
+    wikipedia, news = plain["kurtail", "spinquant (gptq)"][1:3]
+    flat = " ".join(readme.split())
+    for text, said in (("Wikipedia", wikipedia), ("news", news)):
+        assert f"{said.replace(' [', ' % [')} on {text}" in flat
+    spreads = re.findall(r"^\| (\(before\)|kurtail \(gptq\)|quarot \(gptq\)) +\| +([\d.]+) \|", report, re.M)
+    before, learned, drawn = (dict(spreads)[name] for name in ("(before)", "kurtail (gptq)", "quarot (gptq)"))
+    assert f"from {float(before):.1f} to {learned}, a Hadamard matrix to {drawn}" in flat
+    assert float(learned) <= 2.1
+
+
+def test_what_learning_rotations_took_is_what_the_docs_say(root: Path) -> None:
+    """The study's quick presets, the papers' budgets, and what is shipped."""
+    flat = " ".join((root / "docs" / "methods.md").read_text().split())
+    costs: dict[str, list[Any]] = {}
+    for name in ("rotations", "rotations-paper"):
+        with opened(root / "results" / "reference" / f"{name}.tar.xz") as run:
+            for cell in read_run(run).cells:
+                facts = cell.record["measured"].get("learned") or {}
+                costs.setdefault(cell.record["method"]["spec"], []).extend(facts.values())
+
+    def ranges(method: str, what: str) -> tuple[float, float]:
+        found = [fact[what] for fact in costs[method]]
+        return min(found), max(found)
+
+    quick, capture = ranges("kurtail", "learn_seconds"), ranges("kurtail", "capture_seconds")
+    slow = ranges("spinquant", "learn_seconds")
+    took = "KurTail {:.1f} to {:.1f} s behind a capture of {:.0f} to {:.0f} s, SpinQuant {:.1f} to {:.1f} s"
+    assert took.format(*quick, *capture, *slow) in flat
+    assert 4 * quick[1] <= slow[0]
+    variants = [name for name in costs if name.startswith("kurtail") and "preset" not in name]
+    held, sample = (
+        max(ranges(name, what)[1] for name in variants) / 2**20
+        for what in ("learn_peak_bytes", "sample_bytes")
+    )
+    least, most = (size / 2**20 for size in ranges("spinquant", "learn_peak_bytes"))
+    assert (
+        f"at the most {held:.0f} MiB (with the sample, which waits on the host, {held + sample:.0f}) "
+        f"against {most:.0f}"
+    ) in flat
+    assert 4 * held <= least
+    [fast], [long] = costs["kurtail:preset=paper"], costs["spinquant:preset=paper"]
+    assert (
+        f"KurTail {fast['learn_seconds']:.1f} s behind a capture of {fast['capture_seconds']:.0f} s, "
+        f"SpinQuant {long['learn_seconds']:.0f} s"
+    ) in flat
+    for fact in (fast, long):
+        assert sum(value for name, value in fact.items() if name.endswith("_seconds")) <= 180
+
+
+def section_of(report: str, title: str) -> list[list[str]]:
+    """The cells of every line of a section's table."""
+    text = report.partition(f"### {title}\n")[2].partition("\n### ")[0]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("| w")
+    ]
+
+
+RTN_OPT = (
+    "fptquant:pre_rope=False;value=False;up_down=False;residual=False;hadamard=False;tokens=False (gptq)"
+)
+
+
+def test_what_fptquant_brings_is_what_the_docs_say(root: Path) -> None:
+    docs = (root / "docs" / "methods.md").read_text()
+    flat = " ".join(docs.split())
+    report = (root / "reports" / "fptquant" / "report.md").read_text()
+    gains = section_of(report, "Does learning pay?")
+    assert len(gains) == 4
+    for _, method, against, seeds, wikipedia, news, _ in gains:
+        assert seeds == "3"
+        assert f"| {method} | {against} | {wikipedia} | {news} |" in docs
+    changed = {
+        row: (wikipedia, news) for _, row, wikipedia, news in section_of(report, "Options of one method")
+    }
+    for option, said in {
+        "residual=False": "the residual rotation {}",
+        "hadamard=False": "the Hadamard transform before down_proj {}",
+        "steps=0": "end-to-end learning {}",
+        "local_steps=0": "the local stage {}",
+        "up_down=False": "scales of up and down {}",
+        "value=False": "the value transform {}",
+        "pre_rope=False": "the rotation in front of RoPE ({})",
+        "tokens=False": "the per-token scale ({})",
+    }.items():
+        assert said.format(changed[f"fptquant:{option} (gptq)"][0].split()[0]) in flat
+    per_token = changed["fptquant:static=False (gptq)"][0].removesuffix(" **")
+    assert f"(`static=false`, {per_token} against static ranges)" in flat
+    alone = changed["fptquant:static=False;local_steps=0 (gptq)"][0].removesuffix(" **")
+    assert f"it is better left out ({alone})" in flat
+    rounded = changed["fptquant:learn_bits=w4a4kv4 (rtn)"][0].split()[0].lstrip("-")
+    assert f"are {rounded} nats better than weights rounded afterwards" in flat
+    level = {
+        row[1]: row[4].split()[0]
+        for row in section_of(report.replace("## smollm2", "### smollm2"), "smollm2-135m-instruct")
+    }
+    assert f"(a perplexity of {level['static (gptq)']} on Wikipedia) or learned ({level[RTN_OPT]}," in flat
+    assert (
+        f"(`local_steps=0;rate=0`) give a part: {level['fptquant:local_steps=0;rate=0.0 (gptq)']} on "
+        f"Wikipedia, where QuaRot with static ranges has {level['quarot+static (gptq)']} and FPTQuant "
+        f"{level['fptquant (gptq)']}"
+    ) in flat
+    assert (
+        f"without online parts perplexity is {level['fptquant:hadamard=False;tokens=False (gptq)']}" in flat
+    )
+
+
+def test_what_fptquant_brings_at_its_papers_budget_is_what_the_docs_say(root: Path) -> None:
+    flat = " ".join((root / "docs" / "methods.md").read_text().split())
+    with opened(root / "results" / "reference" / "fptquant-paper.tar.xz") as run:
+        cells = read_run(run).cells
+        [model] = models_of(cells)
+        _, lines, *_ = gains_section(model)
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines.splitlines() if "w4a4kv4" in line]
+    [(wikipedia, news)] = [row[5:7] for row in rows if row[3].startswith("quarot (")]
+    levels = {
+        cell.record["method"]["name"]: [
+            f"{task['metrics']['perplexity']['value']:.2f}" for task in cell.record["tasks"].values()
+        ]
+        for cell in cells
+    }
+    for place, (text, change) in enumerate((("Wikipedia", wikipedia), ("news", news))):
+        both = f"{levels['fptquant'][place]} against {levels['quarot'][place]} on {text}"
+        assert f"{both} ({change.replace(' [', ' % [')})" in flat
+    [took] = [
+        fact["learn_seconds"]
+        for cell in cells
+        for fact in (cell.record["measured"].get("learned") or {}).values()
+    ]
+    assert f"Alone on one H200 it learned for {took:.0f} s" in flat
+
+
+def test_what_quad_brings_is_what_the_docs_say(root: Path) -> None:
+    docs = (root / "docs" / "methods.md").read_text()
+    flat = " ".join(docs.split())
+    report = (root / "reports" / "quad" / "report.md").read_text()
+    equal = {
+        (bits, method, against): (wikipedia, news, of_float)
+        for bits, method, _, against, _, _, wikipedia, news, _, _, of_float in section_of(
+            report, "QUAD and QuaRot at equal bits"
+        )
+    }
+    said = re.findall(r"^\| (w4a\S+) \| (quad\S* \(gptq\)) \| (\S.*?) \| (\S.*?) \| (\S.*?) \|$", docs, re.M)
+    assert len(said) == 6
+    for bits, method, against, wikipedia, news in said:
+        assert equal[bits, method, against][:2] == (wikipedia, news)
+    kept = {(bits, method): of_float for (bits, method, _), (*_, of_float) in equal.items()}
+    tuned = "quad:samples=176;a8=True;sequences=16;tune=True (gptq)"
+    assert (
+        f"Here it is {kept['w4a4', 'quad (gptq)']} % at W4A4 and {kept['w4a4', tuned]} % at W4A4/A8 with "
+        f"tuning ({kept['w4a4', 'quad:a8=True (gptq)']} % without)"
+    ) in flat
+    answers = {(row[0], row[1]): row[-1].split()[0] for row in section_of(report, "Scores by task")}
+    assert (
+        f"float solves {answers['w16a16', 'float']} % of asdiv, QUAD {answers['w4a4', 'quad (gptq)']} % at "
+        f"W4A4, {answers['w4a4', 'quad:a8=True (gptq)']} % at W4A4/A8 (with tuning {answers['w4a4', tuned]} %) "
+        f"and {answers['w4a8', 'quad (gptq)']} % at w4a8"
+    ) in flat
+    tuning = "quad:samples=176;sequences=16;tune=True (gptq)"
+    [wikipedia, news] = next(
+        (row[2], row[3])
+        for row in section_of(report, "Options of one method")
+        if row[:2] == ["w4a4kv4", tuning]
+    )
+    assert f"takes {wikipedia.split()[0].lstrip('-')} nats off the log-perplexity at w4a4kv4" in flat
+    assert f"on news {news.split()[0].lstrip('-')}, which may be chance" in flat and "*" not in news
+    drift = {
+        (row[1], row[2]): row[3].split()[0]
+        for row in section_of(report, "Fidelity to float")
+        if row[0] == "w4a4kv4" and len(row) == 7
+    }
+    for text, shown in (("wikipedia", "Wikipedia"), ("news", "news")):
+        first, last = drift["quad (gptq)", text], drift[tuning, text]
+        assert f"{first} to {last} " in flat and first < last, shown
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [("rotations", gains_section), ("fptquant", gains_section), ("quad", equal_bits_section)],
+)
+def test_what_learning_brings_is_what_the_results_give(
+    root: Path, name: str, section: Callable[[Model], list[str]]
+) -> None:
+    """Of reports that take a minute to write, the table that the docs rest on."""
+    report = (root / "reports" / name / "report.md").read_text()
+    with opened(root / "results" / "reference" / f"{name}.tar.xz") as run:
+        [model] = models_of(read_run(run).cells)
+        title, lines, *_ = section(model)
+    assert f"{title}\n\n{lines}\n" in report
+
+
+def test_outliers_of_fptquants_blocks_are_what_the_docs_say(root: Path) -> None:
+    flat = " ".join((root / "docs" / "methods.md").read_text().split())
+    report = (root / "reports" / "fptquant" / "report.md").read_text()
+    found = dict(re.findall(r"^\| (\S.*? \(gptq\)) +\| +([\d.]+) \| +[\d.]+ \| +[\d.]+ \|$", report, re.M))
+    assert (
+        f"with a kurtosis of {found['fptquant:steps=0 (gptq)']}, where a Hadamard matrix has "
+        f"{found['quarot (gptq)']} and end-to-end learning ends at {found['fptquant (gptq)']}"
+    ) in flat
+
+
+def test_what_the_docs_say_of_the_models_that_ship(root: Path) -> None:
+    flat = " ".join((root / "docs" / "methods.md").read_text().split())
+    about = {
+        name: json.loads((SHIPPED_MODELS / f"twin-{name}" / "quantgrid.json").read_text())
+        for name in ("adam", "osp")
+    }
+    losses = [f"{facts['held_out_loss']:.3f}" for facts in about.values()]
+    assert f"ended at {' and '.join(losses)} nats a token" in flat
+    first, last = (about["adam"]["probes"][place]["excess"][1] for place in (0, -1))
+    assert f"grew from {first:.2f} to {last:.2f} through training" in flat
+    assert f"that of OSP's ended at {about['osp']['probes'][-1]['excess'][1]:.2f}" in flat
+    for facts in about.values():
+        settings = facts["run"]["settings"]
+        assert settings["steps"] * settings["batch"] * settings["length"] == pytest.approx(200e6, rel=1e-3)
+        assert facts["run"]["train_tokens"] == pytest.approx(28e6, rel=0.02)
+        assert facts["run"]["parameters"]["all"] == pytest.approx(1.2e6, rel=0.03)
+
+
+def test_what_ray_costs_is_what_was_printed(root: Path) -> None:
+    docs = (root / "docs" / "clusters.md").read_text()
+    printed = (root / "results" / "reference" / "ray-scaling.txt").read_text()
+    took = re.findall(r"^(local|ray \d) +(\d) +(\d) +([\d.]+) +(\d+) +[\d.]+$", printed, re.M)
+    assert len(took) == 4
+    for name, workers, _, command, cells in took:
+        assert f"| {name.split()[0]} | {workers} | {command} | {cells} |" in docs
+    seconds = {name: (float(command), int(cells)) for name, *_, command, cells in took}
+    assert f"Ray adds {seconds['ray 1'][0] - seconds['local'][0]:.1f} s" in docs
+    assert f"take {seconds['ray 2'][1] / seconds['ray 1'][1]:.2f} of the time" in docs
+    for command in re.findall(r"^\$ python (.*)$", printed, re.M):
+        assert f".venv/bin/python {command}\n" in docs
+
+
+def test_what_the_papers_budgets_bring_is_what_the_docs_say(root: Path) -> None:
+    flat = " ".join((root / "docs" / "methods.md").read_text().split())
+    with opened(root / "results" / "reference" / "rotations-paper.tar.xz") as run:
+        cells = {cell.record["method"]["name"]: cell for cell in read_run(run).cells}
+        for method, said in (
+            ("spinquant", "by {} on Wikipedia and by {} on news"),
+            ("kurtail", "KurTail by {} and {}"),
+        ):
+            shown = []
+            for task in (TASK, "perplexity_news"):
+                paired = stats.paired_log_perplexity(
+                    cells["quarot"].samples(task), cells[method].samples(task)
+                )
+                shown.append(change_text(paired).replace(" [", " % ["))
+            assert said.format(*shown) in flat
