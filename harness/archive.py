@@ -5,7 +5,7 @@
 
 An archive holds what a report is made of: run.json, records and samples, no logs, histories or locks. The
 commands that read runs read it as they read a folder. The same run gives the same bytes. `--lean` makes it a
-third as large: sample rows keep four decimals, and of the choices of a question the right one's likelihood
+third as large: sample rows keep three decimals, and of the choices of a question the right one's likelihood
 alone, so that reports are the same but for last digits. Metrics in the records stay as they were measured;
 each task says that its samples are "lean".
 """
@@ -33,7 +33,7 @@ SUFFIX = ".tar.xz"
 MEMBER = re.compile(r"\w[\w.+-]*/(run\.json|\w+/cell\.json|\w+/samples/\w[\w.+-]*\.jsonl)")
 LARGEST, MOST = 1 << 30, 100_000
 """Bytes and files that an archive may unpack to."""
-DECIMALS = 4
+DECIMALS = 3
 
 
 def pack(run: Path, archive: Path, *, lean: bool = False) -> None:
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--lean",
         action="store_true",
-        help="samples with four decimals and without wrong answers' likelihoods",
+        help="samples with three decimals and without wrong answers' likelihoods",
     )
     arguments = parser.parse_args(argv)
     try:

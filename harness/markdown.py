@@ -13,6 +13,7 @@ TEXT_COLUMNS = (
 )
 """Columns of words, which start at the left; all others end at the right."""
 _ROOM = 2  # more than a heading takes
+_WIDEST = 120  # one long value does not pad all others
 
 
 def plain(text: object) -> str:
@@ -21,10 +22,11 @@ def plain(text: object) -> str:
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
-    """A pipe table whose columns are padded to one width."""
+    """A pipe table whose columns are padded to one width, up to `_WIDEST`."""
     cells = [[plain(value) for value in line] for line in lines]
     widths = [
-        max(len(name) + _ROOM, *(len(line[place]) for line in cells), 0) for place, name in enumerate(head)
+        min(max(len(name) + _ROOM, *(len(line[place]) for line in cells), 0), _WIDEST)
+        for place, name in enumerate(head)
     ]
 
     def row(line: Sequence[str]) -> str:

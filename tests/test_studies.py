@@ -187,8 +187,8 @@ def test_what_quad_brings_is_what_the_docs_say(root: Path) -> None:
     answers = {(row[0], row[1]): row[-1].split()[0] for row in section_of(report, "Scores by task")}
     assert (
         f"float solves {answers['w16a16', 'float']} % of asdiv, QUAD {answers['w4a4', 'quad (gptq)']} % at "
-        f"W4A4, {answers['w4a4', 'quad:a8=True (gptq)']} % at W4A4/A8 (with tuning {answers['w4a4', tuned]} %) "
-        f"and {answers['w4a8', 'quad (gptq)']} % at w4a8"
+        f"W4A4, {answers['w4a4', 'quad:a8=True (gptq)']} % at W4A4/A8 (with tuning "
+        f"{answers['w4a4', tuned]} %) and {answers['w4a8', 'quad (gptq)']} % at w4a8"
     ) in flat
     tuning = "quad:samples=176;sequences=16;tune=True (gptq)"
     [wikipedia, news] = next(
