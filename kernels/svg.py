@@ -22,12 +22,13 @@ STYLE: dict[Any, Any] = {
     # What figures are laid out for, and what is as wide elsewhere.
     "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
 }
-DECIMALS = 2
-"""Of coordinates: in points, and within a word in hundredths of its size."""
+DECIMALS, FINER = 1, 2
+"""Of coordinates in points, and in the shapes of markers."""
 _SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _HREF = f"{{{_LINK}}}href"
 _GROUP, _USE, _TEXT = (f"{{{_SVG}}}{tag}" for tag in ("g", "use", "text"))
-_NOT_DRAWN = (f"{{{_SVG}}}defs", f"{{{_SVG}}}clipPath")
+_DEFS = f"{{{_SVG}}}defs"
+_NOT_DRAWN = (_DEFS, f"{{{_SVG}}}clipPath")
 _OWN = ("stroke-linejoin", "stroke-linecap")
 """What matplotlib's style sheet says of each element by itself, so that none takes it from its group."""
 _REFERENCE = re.compile(r"(^|url\()#([^\s)]+)")
@@ -61,9 +62,10 @@ def smaller(text: str) -> str:
         shape = styles.get(each.get(_HREF, "").removeprefix("#"), {})
         style = _style(each).items()
         _dress(each, {key: value for key, value in style if key not in shape or not _handed(key)})
+    markers = {each for defs in root.iter(_DEFS) for each in defs.iter()}
     for each in root.iter():
         if each is not root:  # whose size has a unit
-            _round(each)
+            _round(each, FINER if each in markers else DECIMALS)
     _letters(root)
     _gather(root)
     ElementTree.register_namespace("", _SVG)
@@ -85,15 +87,16 @@ def _rename(root: Element) -> None:
             each.set(key, _REFERENCE.sub(lambda found: f"{found[1]}#{names.get(found[2], found[2])}", value))
 
 
-def _round(element: Element) -> None:
+def _round(element: Element, decimals: int) -> None:
     for key in ("x", "y", "width", "height"):
         if key in element.attrib:
-            element.set(key, _number(element.attrib[key]))
+            element.set(key, _number(element.attrib[key], decimals))
     if "d" in element.attrib:
-        element.set("d", _path(element.attrib["d"]))
+        element.set("d", _path(element.attrib["d"], decimals))
     # Factors of scales stay: they are small, and multiply what is large.
     moved = _SHIFT.sub(
-        lambda found: f"translate({_number(found[1])} {_number(found[2])})", element.get("transform", "")
+        lambda found: f"translate({_number(found[1], decimals)} {_number(found[2], decimals)})",
+        element.get("transform", ""),
     )
     if moved:
         element.set("transform", moved)
@@ -122,18 +125,18 @@ def _letters(root: Element) -> None:
         _dress(root, _style(root) | {"font-family": families.pop()})
 
 
-def _path(text: str) -> str:
+def _path(text: str, decimals: int) -> str:
     """A path without the letters that repeat: after a line comes a line, after a move, too."""
     parts, implied = [], ""
     for letter, numbers in _STEP.findall(text):
-        values = " ".join(map(_number, numbers.split()))
+        values = " ".join(_number(number, decimals) for number in numbers.split())
         parts.append(f" {values}" if letter == implied and values else letter + values)
         implied = {"M": "L", "m": "l"}.get(letter, letter)
     return "".join(parts)
 
 
-def _number(text: str) -> str:
-    short = f"{float(text):.{DECIMALS}f}".rstrip("0").rstrip(".")
+def _number(text: str, decimals: int) -> str:
+    short = f"{float(text):.{decimals}f}".rstrip("0").rstrip(".")
     return "0" if short == "-0" else short
 
 

@@ -26,7 +26,7 @@ tasks: [perplexity_wikipedia, openbookqa_local]
 limit: 2
 limits: {openbookqa_local: 4}
 perplexity_length: 1024
-calibration: {samples: 8, length: 512}
+calibration: {samples: 4, length: 512}
 quantiser: {weight_search: false}
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,36 @@ def test_the_int4_run_held_and_ran_codes(root: Path) -> None:
             attention = generation[f"kv_attention kv{cell.bits.kv}"]
             assert 7 * sum(attention.values()) == sum(ran.values())
     assert steps > 100, "tokens behind the prefills"
+
+
+def test_the_tables_of_the_readme_are_those_of_the_quick_report(root: Path) -> None:
+    readme = (root / "README.md").read_text()
+    report = (root / "reports" / "quick" / "report.md").read_text().partition("## twin-adam")[0]
+    first, primary = (
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines()]
+        for part in (
+            report.partition("### Primary")[0],
+            report.partition("### Primary")[2].partition("###")[0],
+        )
+    )
+    shown = [" | ".join((*row[:2], *row[3:6], row[7])) for row in first if len(row) == 8]
+    shown += [" | ".join(row) for row in primary if len(row) == 6 and row[0].startswith("w")]
+    assert len(shown) == 2 + 20 + 18
+    for line in shown:
+        assert f"| {line} |\n" in readme or line.startswith((":", "bits")), line
+    assert readme.partition("## Runs that survive")[0].count("\n| w") == 20 + 18, "and no others"
+
+
+def test_the_comparison_in_the_readme_is_what_is_printed(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    readme = (root / "README.md").read_text()
+    [command] = re.findall(r"^`python -m harness.compare (.*)`:$", readme, re.M)
+    assert f"harness.compare {command}\n" in (root / "docs" / "guide.md").read_text()
+    assert compare.main(command.split()) == 0
+    printed = capsys.readouterr().out.rstrip("\n")
+    assert "\n".join(f"> {line}" if line else ">" for line in printed.split("\n")) in readme
 
 
 @pytest.mark.parametrize(
