@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness import comparison_plots, inference, plots
 from harness.evidence import Differences, over
-from harness.inputs import drawn
+from harness.inputs import drawn, moved
 from harness.records import Cell, Column, Model, Record, Row, mean_accuracy, number, overall
 from harness.stats import Estimate, Paired
 from harness.tables import mark, perplexity_of
@@ -81,27 +81,25 @@ def kurtosis_section(model: Model, figures: Path, stem: str) -> list[str]:
                 measured[row.label] = points
                 break
     sites = list(dict.fromkeys(str(point["site"]) for points in measured.values() for point in points))
-    shown, left_out = drawn(measured)
-    panels, changed = [], set()
+    # Methods without a transform stay on the line of before.
+    changed = [label for label, points in measured.items() if moved(points, "before", "after")]
+    shown, left_out = drawn(changed)
+    panels = []
     for site in sorted(sites, key=lambda site: (*SITES, site).index(site)):
         before: list[tuple[int, float]] = []
         after: dict[tuple[tuple[int, float], ...], tuple[str, ...]] = {}
         for label, points in measured.items():
             here = [point for point in points if point["site"] == site]
-            first = [(int(point["layer"]), number(point["before"])) for point in here]
-            then = tuple((int(point["layer"]), number(point.get("after"))) for point in here)
-            before = before or first
-            moved = any(abs(b - a) > 1e-3 * abs(a) for (_, a), (_, b) in zip(first, then, strict=True))
-            if moved:  # methods without a transform stay on the line of before
-                changed.add(label)
-            if moved and label in shown:
+            before = before or [(int(point["layer"]), number(point["before"])) for point in here]
+            if label in shown and moved(here, "before", "after"):
+                then = tuple((int(point["layer"]), number(point.get("after"))) for point in here)
                 after[then] = (*after.get(then, ()), label)
         title = {"attention": "attention inputs", "mlp": "MLP inputs"}.get(site, site)
         panels.append(plots.KurtosisPanel(title, before, {names: line for line, names in after.items()}))
     if not panels:
         return []
     plots.kurtosis_figure(figures / f"{stem}-kurtosis.svg", panels, model.labels)
-    unchanged = sorted(measured.keys() - changed)
+    unchanged = sorted(measured.keys() - set(changed))
     same = f" Without a transform, on the grey line: {', '.join(unchanged)}." if unchanged else ""
     return [
         "### Outliers before and after the transform",

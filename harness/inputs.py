@@ -55,9 +55,8 @@ def inputs_section(model: Model, figures: Path, stem: str) -> list[str]:
         INPUTS,
         table(["method", "kurtosis", "largest / rms", "signal to noise (dB)"], lines),
     ]
-    shown, left_out = drawn(measured)
-    panels_by_layer = _layers({label: measured[label] for label in shown})
-    plots.layers_figure(figures / f"{stem}-layers.svg", panels_by_layer, model.labels)
+    shown, left_out = drawn([label for label, points in measured.items() if _transformed(points)])
+    plots.layers_figure(figures / f"{stem}-layers.svg", _layers(measured, shown), model.labels)
     text += [
         f"![Largest value and signal to noise of block inputs by layer](figures/{stem}-layers.svg)",
         f"{LAYERS}{left_out}*",
@@ -74,7 +73,7 @@ def inputs_section(model: Model, figures: Path, stem: str) -> list[str]:
     return [*text, f"![{alt}](figures/{stem}-inputs.svg)", f"{HISTOGRAMS}{left_out}*"]
 
 
-def _layers(measured: Mapping[str, Sequence[Record]]) -> list[plots.LayersPanel]:
+def _layers(measured: Mapping[str, Sequence[Record]], shown: Sequence[str]) -> list[plots.LayersPanel]:
     """A panel for each quantity and site; methods without a transform stay on the line of before."""
     sites = dict.fromkeys(point["site"] for points in measured.values() for point in points)
     panels = []
@@ -89,7 +88,7 @@ def _layers(measured: Mapping[str, Sequence[Record]]) -> list[plots.LayersPanel]
                     for when in ("before", "after")
                 )
                 before = before or first
-                if any(abs(b - a) > 1e-3 * abs(a) for (_, a), (_, b) in zip(first, then, strict=True)):
+                if label in shown and moved(here, f"{key}_before", f"{key}_after"):
                     after[label] = then
             panels.append(plots.LayersPanel(f"{title}, {site} inputs", before, after, log=key == "peak"))
     return panels
@@ -103,6 +102,16 @@ def _means(points: Sequence[Record], when: str) -> list[str]:
 def one_width(model: Model) -> list[Row]:
     """Each label's row of fewest bits: what is learned is the same at every bit-width."""
     return list({row.label: row for row in model.rows if not row.first.is_float}.values())
+
+
+def moved(points: Sequence[Record], before: str, after: str) -> bool:
+    """Whether a transform changed what is measured at any of the points."""
+    pairs = [(number(point[before]), number(point.get(after))) for point in points]
+    return any(abs(then - first) > 1e-3 * abs(first) for first, then in pairs)
+
+
+def _transformed(points: Sequence[Record]) -> bool:
+    return any(moved(points, f"{key}_before", f"{key}_after") for key in ("peak", "snr"))
 
 
 def drawn(labels: Collection[str]) -> tuple[list[str], str]:
