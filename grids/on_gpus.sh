@@ -5,8 +5,10 @@
 #
 # A small model leaves most of a GPU idle while Python prepares the next launch. Without NVIDIA's multi-process service
 # (`nvidia-cuda-mps-control -d`, one for each GPU, with CUDA_VISIBLE_DEVICES and CUDA_MPS_PIPE_DIRECTORY of its own) the
-# commands take turns; with it their kernels run side by side: the 70 cells of fptquant.yaml took ten minutes on one H200
-# beside training, by nine commands. Times and speeds of cells that ran so say nothing. PYTHON names the interpreter (default: python3); what commands print goes to results/GRID/GPU-NUMBER.log.
+# commands take turns; with it their kernels run side by side: the 70 cells of fptquant.yaml took eight minutes on one
+# H200 beside training, by nine commands. Times and speeds of cells that ran so say nothing.
+#
+# PYTHON names the interpreter (default: python3); what commands print goes to results/GRID/GPU-NUMBER.log.
 set -u
 if [ $# -lt 3 ]; then
   echo "usage: grids/on_gpus.sh GPUS COMMANDS GRID..." >&2

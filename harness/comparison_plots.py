@@ -24,6 +24,7 @@ INK, PAPER = "#1A1A1A", "#FAFAFA"
 DARK = 0.19
 """Relative luminance below which PAPER stands out from a cell better than INK does."""
 FRONT = "#777777"
+BEYOND = 20
 EQUAL = 0.01
 """Share of a cost by which two rows may differ and still cost the same."""
 
@@ -97,11 +98,22 @@ def front(points: Sequence[Point], *, higher: bool, more: bool) -> list[Point]:
 
 def pareto_figure(path: Path, panels: Sequence[CostPanel], order: Sequence[str], columns: int) -> None:
     """Value against cost, a marker a row, `columns` panels a line; the line joins the rows that no other
-    beats in both, and these have their bit-width beside them, flagged rows their flags. `order` as in
+    beats in both, and these have their bit-width beside them, flagged rows their flags. Perplexities beyond
+    `BEYOND` times float's are arrows at the upper end, so that the others can be told apart. `order` as in
     `plots.bits_figure`."""
     figure, axes_of = axes_grid(len(panels), columns=columns)
     for axes, panel in zip(axes_of, panels, strict=True):
-        everything = [point for points in panel.points.values() for point in points]
+        most = BEYOND * panel.reference.value if panel.log and panel.reference is not None else math.inf
+        within = {
+            label: [point for point in points if point.value <= most]
+            for label, points in panel.points.items()
+        }
+        everything = [point for points in within.values() for point in points]
+        for label, points in panel.points.items():
+            for point in points:
+                if point.value > most:
+                    colour = line_style(order.index(label))["color"]
+                    axes.annotate("↑", (point.cost, most), ha="center", va="top", color=colour)
         if panel.reference is not None:
             everything.append(panel.reference)
             axes.plot(panel.reference.cost, panel.reference.value, "k*", markersize=10, label="float")
@@ -115,8 +127,8 @@ def pareto_figure(path: Path, panels: Sequence[CostPanel], order: Sequence[str],
             zorder=1,
             label="best for its cost",
         )
-        for label in filter(panel.points.__contains__, order):
-            points = panel.points[label]
+        for label in filter(within.__contains__, order):  # those beyond, too, for the legend
+            points = within[label]
             axes.errorbar(
                 [point.cost for point in points],
                 [point.value for point in points],
@@ -155,7 +167,8 @@ def pareto_figure(path: Path, panels: Sequence[CostPanel], order: Sequence[str],
             _wide_axis(axes, costs)
         if panel.log:
             ends = [p.value + e for p in everything if math.isfinite(p.stderr) for e in (p.stderr, -p.stderr)]
-            log_axis(axes, [*(point.value for point in everything), *ends])
+            beyond = [most] if within != panel.points else []
+            log_axis(axes, [*(point.value for point in everything), *ends, *beyond])
     legend(figure)
     save(figure, path)
 

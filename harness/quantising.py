@@ -86,7 +86,7 @@ def digest(value: Record) -> str:
 
 def method_record(pipeline: Pipeline) -> Record:
     rounding = "" if pipeline.name == pipeline.rounding or pipeline.is_float else f" ({pipeline.rounding})"
-    preset = " [paper preset]" if any(part.preset == "paper" for part in pipeline.parts) else ""
+    preset = " [paper preset]" if pipeline.lead.preset == "paper" else ""
     return {
         "row": _row_name(pipeline) + rounding + preset,
         "spec": pipeline.spec,

@@ -118,7 +118,7 @@ def _sampled(row: Row, column: Column, estimate: Estimate) -> Estimate:
         found = stats.log_perplexity(cells[0].samples(column.task))
     except ValueError:
         return estimate
-    same = math.isclose(found.value, estimate.value, rel_tol=1e-6)  # as rounded samples give
+    same = math.isclose(found.value, estimate.value, rel_tol=1e-5)  # as rounded samples give
     return replace(estimate, bounds=found.interval()) if same else estimate
 
 

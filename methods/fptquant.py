@@ -243,6 +243,7 @@ class FPTQuant(Method):
             "after": measure(found),
             "sequences": min(_PROBED, len(ids)),
             "tokens": steps * batch * ids.shape[1],
+            "different": min(steps * batch, len(ids)) * ids.shape[1],
         }
 
     def _first_ranges(

@@ -33,6 +33,7 @@ from kernels.kv_reference import rotate
 from kernels.ops import find_range
 from methods.bits import ActivationSpec, KVSpec
 from methods.decoder import Attention, Block, Decoder, RMSNorm, State, attention_mask
+from methods.device import float32_products
 from methods.function_preserving import (
     LayerChange,
     Parameters,
@@ -149,13 +150,14 @@ class Student:
     def states(self, ids: Tensor, parameters: Parameters) -> Tensor:
         """The stream [B, T, hidden] behind the last block, in the model's own basis, for ids [B, T]."""
         model, length = self.model, ids.shape[1]
-        residual = residual_matrix(parameters)
+        with float32_products("highest"):  # whatever the network multiplies in: R stays orthogonal
+            residual, changes = residual_matrix(parameters), self.changes(parameters)
         angles = model.angles(torch.arange(length, device=ids.device)[None])
         x = model.embed(ids).stream
         turns = residual if self.weight_bits == 16 else None
         x = x if residual is None or turns is not None else x @ residual.to(x.dtype)
         dtype = dtype_of(parameters, model)
-        layers = zip(model.layers, self.changes(parameters), self._codes(parameters, x.dtype), strict=True)
+        layers = zip(model.layers, changes, self._codes(parameters, x.dtype), strict=True)
         for layer, (block, change, codes) in enumerate(layers):
             assert isinstance(block, Block)
             mask = attention_mask(length, 0, None, block.self_attn.window, ids.device)

@@ -129,10 +129,11 @@ def test_what_fptquant_brings_is_what_the_docs_say(root: Path) -> None:
         for row in section_of(report.replace("## smollm2", "### smollm2"), "smollm2-135m-instruct")
     }
     assert f"(a perplexity of {level['static (gptq)']} on Wikipedia) or learned ({level[RTN_OPT]}," in flat
+    drawn = level["fptquant:local_steps=0;steps=0 (gptq)"]
     assert (
-        f"(`local_steps=0;rate=0`) give a part: {level['fptquant:local_steps=0;rate=0.0 (gptq)']} on "
-        f"Wikipedia, where QuaRot with static ranges has {level['quarot+static (gptq)']} and FPTQuant "
-        f"{level['fptquant (gptq)']}"
+        f"(`local_steps=0;rate=0`) brings {drawn} on Wikipedia down to "
+        f"{level['fptquant:local_steps=0;rate=0.0 (gptq)']}. QuaRot with static ranges has "
+        f"{level['quarot+static (gptq)']} and FPTQuant {level['fptquant (gptq)']}."
     ) in flat
     assert (
         f"without online parts perplexity is {level['fptquant:hadamard=False;tokens=False (gptq)']}" in flat
@@ -161,7 +162,18 @@ def test_what_fptquant_brings_at_its_papers_budget_is_what_the_docs_say(root: Pa
         for cell in cells
         for fact in (cell.record["measured"].get("learned") or {}).values()
     ]
-    assert f"Alone on one H200 it learned for {took:.0f} s" in flat
+    assert f"It learned for {took:.0f} s on one H200" in flat
+    drift = {
+        (cell.record["method"]["name"], task): f"{entry['kl']['mean']:.3f}"
+        for cell in cells
+        for task, entry in cell.record["tasks"].items()
+        if "kl" in entry
+    }
+    for task, said in (
+        ("perplexity_news", "on news, from {} to {} nats a token"),
+        (TASK, "on Wikipedia from {} to {}"),
+    ):
+        assert said.format(drift["quarot", task], drift["fptquant", task]) in flat
 
 
 def test_what_quad_brings_is_what_the_docs_say(root: Path) -> None:
@@ -181,7 +193,7 @@ def test_what_quad_brings_is_what_the_docs_say(root: Path) -> None:
     kept = {(bits, method): of_float for (bits, method, _), (*_, of_float) in equal.items()}
     tuned = "quad:samples=176;a8=True;sequences=16;tune=True (gptq)"
     assert (
-        f"Here it is {kept['w4a4', 'quad (gptq)']} % at W4A4 and {kept['w4a4', tuned]} % at W4A4/A8 with "
+        f"is {kept['w4a4', 'quad (gptq)']} % of float's at W4A4 and {kept['w4a4', tuned]} % at W4A4/A8 with "
         f"tuning ({kept['w4a4', 'quad:a8=True (gptq)']} % without)"
     ) in flat
     answers = {(row[0], row[1]): row[-1].split()[0] for row in section_of(report, "Scores by task")}
@@ -191,13 +203,15 @@ def test_what_quad_brings_is_what_the_docs_say(root: Path) -> None:
         f"{answers['w4a4', tuned]} %) and {answers['w4a8', 'quad (gptq)']} % at w4a8"
     ) in flat
     tuning = "quad:samples=176;sequences=16;tune=True (gptq)"
-    [wikipedia, news] = next(
-        (row[2], row[3])
-        for row in section_of(report, "Options of one method")
-        if row[:2] == ["w4a4kv4", tuning]
-    )
-    assert f"takes {wikipedia.split()[0].lstrip('-')} nats off the log-perplexity at w4a4kv4" in flat
+    changed = {(row[0], row[1]): row[2:4] for row in section_of(report, "Options of one method")}
+    wikipedia, news = changed["w4a4kv4", tuning]
+    assert f"takes {wikipedia.split()[0].lstrip('-')} nats off the log-perplexity on Wikipedia" in flat
     assert f"on news {news.split()[0].lstrip('-')}, which may be chance" in flat and "*" not in news
+    news = changed["w4a8", tuning][1]
+    assert f"loses {news.split()[0].lstrip('+')} nats on news" in flat and "*" in news
+    assert (
+        f"solves {answers['w4a8', tuning]} % of asdiv instead of {answers['w4a8', 'quad (gptq)']} %" in flat
+    )
     drift = {
         (row[1], row[2]): row[3].split()[0]
         for row in section_of(report, "Fidelity to float")
@@ -206,6 +220,21 @@ def test_what_quad_brings_is_what_the_docs_say(root: Path) -> None:
     for text, shown in (("wikipedia", "Wikipedia"), ("news", "news")):
         first, last = drift["quad (gptq)", text], drift[tuning, text]
         assert f"{first} to {last} " in flat and first < last, shown
+        first, last = drift["quarot (gptq)", text], drift[tuning.replace("176;", "176;rank=0;"), text]
+        assert f"{first} to {last} on {shown}" in flat and first > last
+    shares = [number["chance"] for number in _float_tasks(root, "quad") if number.get("chance") is not None]
+    [level] = [
+        row[6].split()[0]
+        for row in section_of(report.replace("## smollm2", "### smollm2"), "smollm2-135m-instruct")
+        if row[1] == "float"
+    ]
+    assert f"guessing would have {100 * 100 * sum(shares) / len(shares) / float(level):.1f} %" in flat
+
+
+def _float_tasks(root: Path, name: str) -> list[dict[str, Any]]:
+    with opened(root / "results" / "reference" / f"{name}.tar.xz") as run:
+        [cell] = [cell for cell in read_run(run).cells if cell.record["method"]["name"] == "float"]
+    return list(cell.record["tasks"].values())
 
 
 @pytest.mark.parametrize(

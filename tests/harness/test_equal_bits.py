@@ -79,6 +79,18 @@ def test_eight_bits_meet_eight_bits(run: Path) -> None:
     assert not any("tune" in line["against"] for line in lines)
 
 
+def test_what_was_tuned_meets_what_was_tuned_alike(run: Path) -> None:
+    cell(run, "quad", "w4a4kv4", 4.35, tune=True)
+    cell(run, "quad", "w4a4kv4", 4.02, rank=0, tune=True)
+    cell(run, "quad", "w4a4kv4", 4.02, rank=0, tune=True, steps=7)
+    lines = [line for line in table(text_of(run), SECTION) if "tune" in line["method"]]
+    assert [line["against"] for line in lines] == [
+        "quarot, w4a4kv4",
+        "quarot, w4a4kv4g32",
+        "quad rank=0 tune=True, w4a4kv4",
+    ]
+
+
 @pytest.mark.parametrize("other", [{"rounding": "gptq"}, {"online": False}, {"preset": "paper"}])
 def test_other_roundings_and_online_parts_are_not_compared(tmp_path: Path, other: dict[str, Any]) -> None:
     write_cell(tmp_path, "float", "w16a16")
