@@ -141,3 +141,18 @@ def test_learning_repeats_on_the_gpu(tmp_path: Path, text: str, dtype: torch.dty
         assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in first.tensors.items())
     once_more = method.learn(model, CALIBRATION, ctx)
     assert all(torch.equal(tensor, once_more.tensors[name]) for name, tensor in first.tensors.items())
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-9), (torch.float32, 0.05)])
+def test_fptquant_learns_on_the_gpu_what_it_learns_on_the_cpu(
+    tmp_path: Path, dtype: torch.dtype, error: float
+) -> None:
+    """float32 is multiplied in TensorFloat-32 there."""
+    families.model("llama-biases", torch.float32).save_pretrained(tmp_path)
+    text = "fptquant:local_steps=3;steps=6;batch=2;window=16;rounding=rtn"
+    here, there = (
+        run(tmp_path, text, "w4a4kv4", device, dtype).learned["fptquant"]["end to end"]
+        for device in ("cpu", "cuda")
+    )
+    assert there["loss"] == pytest.approx(here["loss"], rel=error)
+    assert there["after"] < there["before"]
