@@ -122,7 +122,7 @@ def _letters(root: Element) -> None:
         if each.get("transform", "").startswith("rotate(-0 "):
             del each.attrib["transform"]
     if len(families) == 1:
-        _dress(root, _style(root) | {"font-family": families.pop()})
+        root.set("font-family", families.pop())
 
 
 def _path(text: str, decimals: int) -> str:

@@ -238,7 +238,7 @@ def test_recovery_is_shown_only_well_above_chance_and_majority(tmp_path: Path) -
     value, low, high = number_and_interval(line["boolq_local (%)"])
     assert value == round(100 * (75 / 120 - 0.5) / (90 / 120 - 0.5))
     assert low < value < high < 100
-    assert (line["piqa_local (%)"], line["mmlu_local (%)"]) == ("–", "–")
+    assert not {"piqa_local (%)", "mmlu_local (%)"} & line.keys()
     assert "Not shown, for float is not that far above them: piqa_local, mmlu_local." in text
     for cell in cells:
         edit(cell, lambda record: record["tasks"]["mmlu_local"].update(majority=None))

@@ -144,7 +144,7 @@ def test_every_cost_on_record_has_a_panel(run: Path, text: str) -> None:
     said = words(run / "figures" / f"{STEM}-pareto.svg")
     for across in ("effective bits per parameter", "MiB by formula, with KV cache"):
         assert said.count(across) == 2, "perplexity and accuracy"
-    assert said.count("↑") == 2, "rtn at w4a4kv4 is far beyond float, on both axes"
+    assert said.count("↑") == 1, "rtn at w4a4kv4 is far beyond float"
     said = words(run / "figures" / f"{STEM}-costs.svg")
     for across in ("decode tokens/s (more is better →)", "seconds to quantise (log scale)"):
         assert said.count(across) == 2

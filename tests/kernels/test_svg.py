@@ -117,6 +117,8 @@ def picture(text: str) -> list[Shape]:
         if element.tag in (f"{SVG}defs", f"{SVG}metadata"):
             return
         own = style(element)
+        if "font-family" in element.attrib:
+            own["font-family"] = element.attrib["font-family"]
         for key, value in own.items():
             if value.startswith("url(#"):  # a hatch, for what is in it
                 hatch = named[value.removeprefix("url(#").removesuffix(")")]
