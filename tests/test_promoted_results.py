@@ -241,6 +241,15 @@ def test_the_speeds_of_rounding_in_the_readme_are_those_on_record(root: Path) ->
         assert said.format(faster[0], faster[-1]) in readme
 
 
+def test_the_parity_of_quad_is_what_the_readme_says(root: Path) -> None:
+    record = recorded.read(root / "results" / "reference" / "parity-quad.json.xz")
+    assert record["complete"] and {row["status"] for row in record["rows"]} == {"agrees"}
+    assert {row["method"] for row in record["rows"]} == {"quad", "quad:a8=true"}
+    assert "smollm2-135m-instruct" in {row["model"] for row in record["rows"]}
+    readme = " ".join((root / "README.md").read_text().split())
+    assert f"all {len(record['rows'])} rows of a run of its own agree" in readme
+
+
 def test_the_parity_on_a_gpu_is_what_the_readme_says(root: Path) -> None:
     names = ("parity-h100", "parity-h200")
     records = [recorded.read(root / "results" / "reference" / f"{name}.json.xz") for name in names]
