@@ -34,6 +34,7 @@ MEMBER = re.compile(r"\w[\w.+-]*/(run\.json|\w+/cell\.json|\w+/samples/\w[\w.+-]
 LARGEST, MOST = 1 << 30, 100_000
 """Bytes and files that an archive may unpack to."""
 DECIMALS = 3
+"""Of the numbers in lean samples."""
 
 
 def pack(run: Path, archive: Path, *, lean: bool = False) -> None:

@@ -25,6 +25,7 @@ DARK = 0.19
 """Relative luminance below which PAPER stands out from a cell better than INK does."""
 FRONT = "#777777"
 BEYOND = 20
+"""How many times float's perplexity still has its place on the axis."""
 EQUAL = 0.01
 """Share of a cost by which two rows may differ and still cost the same."""
 

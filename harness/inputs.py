@@ -27,6 +27,7 @@ HISTOGRAMS = """\
 line; the narrower a line, the finer its 4-bit grid."""
 
 LINES = 8
+"""Methods that one figure of lines shows at most."""
 
 
 def inputs_section(model: Model, figures: Path, stem: str) -> list[str]:

@@ -20,7 +20,7 @@ BITS = """\
 *Each marker is a row of the table; the dashed line joins the rows that no other beats in both directions, \
 with their bit-width beside them: the nearer to it, the better a row uses its {what}, and what lies behind \
 it has a better choice at the same price. An arrow at the upper end is a perplexity \
-beyond 20 times float's. Costs within 1 % of each other count as equal. Bars are one \
+beyond {beyond} times float's. Costs within 1 % of each other count as equal. Bars are one \
 standard error: rows whose bars overlap may have another order. Bits are of every parameter of the model, \
 the embedding and lm_head at 16 bits included{bytes}.*"""
 BYTES = f"; bytes are what the bit-widths promise of the model and the KV cache of {TOKENS:,} tokens"
@@ -57,10 +57,15 @@ def pareto_section(model: Model, figures: Path, stem: str) -> list[str]:
     if not shown:
         return []
     both = len(shown) > 1
+    caption = BITS.format(
+        what="bits and bytes" if both else "bits",
+        bytes=BYTES if both else "",
+        beyond=plots.BEYOND,
+    )
     return [
         "### What accuracy costs in bits",
         f"![Perplexity and mean accuracy of each row against its bits](figures/{stem}-pareto.svg)",
-        _flagged(BITS.format(what="bits and bytes" if both else "bits", bytes=BYTES if both else ""), model),
+        _flagged(caption, model),
     ]
 
 
