@@ -41,9 +41,8 @@ intervals), within one bit-width. `base`: the rounding alone with the same bits 
 many matrices of each type, drawn at random from those that do not stand out; over its draws, whose spread \
 is part of the interval. `choice - control` is what choosing adds; its p-values are corrected for all \
 choices of this table (Holm). Memory is that of the quantised linears over the base's: by formula (bits, and \
-16 for a scale or a fractional zero-point, or 8 where those are quantised) and by the bytes that packed \
-execution held, which counts float32 scales, padding, and scales that groups across outputs repeat."""
-SIMULATED = "Bytes are not given where execution was simulated: such a cell holds floats."
+16 for a scale or a fractional zero-point, or 8 where those are quantised) and by the bytes that they held \
+once packed, which counts float32 scales, padding, and scales that groups across outputs repeat."""
 PUBLISHED_NOTE = """\
 Theirs, not measured here: from the authors' repository (methods/published/boost.json), on their models \
 by their protocol. Change of WikiText-2 perplexity against HQQ of the same budget in percent, for 2 and 3 \
@@ -74,7 +73,7 @@ def boosting_section(model: Model, figures: Path, stem: str) -> list[str]:
     text = ["### More bits where they matter"]
     if found and column is not None:
         holm = inference.holm([_p(comparison.to_control) for comparison in found])
-        text += [_table(found, holm), EXPLAINED.format(task=column.title) + _of_bytes(found)]
+        text += [_table(found, holm), EXPLAINED.format(task=column.title)]
         text.append(_verdict(found, holm))
     missing = [f"{row.bits} {row.label}" for row in rows if not _is_control(row) and not _in(row, found)]
     if missing:
@@ -125,7 +124,7 @@ def _table(found: Sequence[Comparison], holm: Sequence[float]) -> str:
                 row.bits,
                 row.label,
                 f"{len(boosted_linears(row.first))} of {total}",
-                *(_more(comparison.base.first, row.first, how) for how in ("computed", "measured")),
+                *(_more(comparison.base.first, row.first, how) for how in ("computed", "packed")),
                 signed(comparison.to_base, "perplexity", interval=True, p=1.0),
                 "–" if control is None else str(len(control.usable)),
                 signed(comparison.control_to_base, "perplexity", interval=True, p=1.0),
@@ -322,17 +321,11 @@ def _transforms(row: Row) -> dict[str, dict[str, Any]]:
 
 def _more(base: Cell, cell: Cell, how: str) -> str:
     """How many percent more the linears of a cell take than the base's."""
-    sizes = []
-    for some in (base, cell):
-        measured = some.record.get("measured") or {}
-        if how == "measured" and some.record.get("execution") != "int4":
-            return "–"
-        sizes.append((measured.get("memory") or {}).get("linears", {}).get(how))
+    sizes = [
+        ((some.record.get("measured") or {}).get("memory") or {}).get("linears", {}).get(how)
+        for some in (base, cell)
+    ]
     return f"{100 * (sizes[1] / sizes[0] - 1):+.2f} %" if all(sizes) else "–"
-
-
-def _of_bytes(found: Sequence[Comparison]) -> str:
-    return SIMULATED if any(c.row.first.record.get("execution") != "int4" for c in found) else ""
 
 
 def _p(estimate: Estimate | None) -> float:

@@ -34,7 +34,7 @@ def execution_of(pipeline: Pipeline, settings: CellSettings) -> str:
 
 def memory_record(decoder: Decoder, plan: Plan) -> Record:
     """{"linears", "rest", "kv_token": {"computed", "measured", "float16"}}, each in bytes, as in
-    `methods.footprint.Memory`; float16: of as many values at 16 bits each."""
+    `methods.footprint.Memory`; float16: of as many values at 16 bits each. "linears" has "packed" beside."""
     found = memory(decoder, plan)
     config = decoder.config
     values = {
@@ -42,6 +42,7 @@ def memory_record(decoder: Decoder, plan: Plan) -> Record:
         "kv_token": 2 * config.layers * config.kv_heads * config.head_dim,
     }
     record = asdict(found)
+    record["linears"]["packed"] = record.pop("packed")
     for part, count in values.items():
         record[part]["float16"] = 2.0 * count
     return record

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.reference import PackedWeight
 from methods.bits import LinearSpec
 from methods.decoder import Decoder, parts_of
 from methods.hqq import META_BITS, META_GROUP
-from methods.linear import Linear
+from methods.linear import Linear, QuantisedWeight
 from methods.method import Plan
 from methods.transforms import WRITERS
 
@@ -34,12 +35,14 @@ class Memory:
     Computed as `effective_bits` counts: b bits a code, 16 for a scale and for whatever is not quantised.
     Measured on the storages that the decoder and, after a prefill of 256 tokens (or of the model's positions,
     where those are fewer), its cache hold; the cache doubles its room when it grows. A simulated decoder
-    holds floats, and codes of a byte each.
+    holds floats, and codes of a byte each; `packed` is what its linears hold once they are packed, which each
+    was to measure it, and of a packed decoder what they do hold.
     """
 
     linears: Bytes
     rest: Bytes
     kv_token: Bytes
+    packed: float
 
 
 @torch.no_grad()
@@ -58,15 +61,26 @@ def memory(model: Decoder, plan: Plan) -> Memory:
     model.states(ids, cache=cache)
     values = 2 * model.config.layers * model.config.kv_heads * model.config.head_dim
     kv_token = Bytes(effective_bits(model, plan)["kv"] / 8 * values, cache.nbytes / tokens)
-    return Memory(linears, rest, kv_token)
+    return Memory(linears, rest, kv_token, sum(_packed_bytes(linear) for linear in named.values()))
+
+
+def _packed_bytes(linear: Linear) -> int:
+    if linear.quantised is None:
+        return sum(_storages(_weight_tensors(linear)).values())
+    kept = linear.weight.element_size() * linear.shape[0] * linear.keep
+    return kept + sum(_storages(_tensors(linear.packed_weight())).values())
 
 
 def _weight_tensors(linear: Linear) -> Iterable[Tensor]:
     parts: list[Tensor | None] = [linear.weight, linear.kept]
     for codes in (linear.quantised, linear.packed):
         if codes is not None:
-            parts += [part for part in vars(codes).values() if isinstance(part, Tensor)]
+            parts += _tensors(codes)
     return (part for part in parts if part is not None)
+
+
+def _tensors(codes: QuantisedWeight | PackedWeight) -> list[Tensor]:
+    return [part for part in vars(codes).values() if isinstance(part, Tensor)]
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:

@@ -131,10 +131,14 @@ class Linear(nn.Module):
 
     def pack(self) -> None:
         """Keep the rounded weight as packed codes and drop everything else of it."""
+        self.take_packed(self.packed_weight(), self.weight[:, : self.keep].clone() if self.keep else None)
+
+    def packed_weight(self) -> PackedWeight:
+        """The rounded weight as packed codes, without the kept columns."""
         if self.quantised is None:
             raise ValueError("only a rounded weight can be packed")
         codes, spec = self.quantised.to(self.weight.device), self.quantised.spec
-        packed = pack_weight(
+        return pack_weight(
             codes.codes,
             codes.scale.clone(),  # it may be a part of a larger tensor
             None if codes.zero is None else codes.zero.clone(),
@@ -142,7 +146,6 @@ class Linear(nn.Module):
             spec.axis,
             colsum=self.activation is not None and not self.activation.symmetric,
         )
-        self.take_packed(packed, self.weight[:, : self.keep].clone() if self.keep else None)
 
     def take_packed(self, packed: PackedWeight, kept: Tensor | None) -> None:
         """Become the linear of `packed` [out, in - keep] and the kept columns [out, keep]."""

@@ -24,10 +24,9 @@ TYPES = tuple(f"self_attn.{name}_proj" for name in "qkvo") + tuple(
 KURTOSIS = {name: [3.0 + 0.1 * i for i in range(30)] for name in TYPES}
 
 
-def boosted(options: dict[str, Any], linears: list[str], computed: float, measured: float) -> dict[str, Any]:
-    """Changes to a made-up cell's record: as a kurtboost cell in int4 execution would have them."""
+def boosted(options: dict[str, Any], linears: list[str], computed: float, packed: float) -> dict[str, Any]:
+    """Changes to a made-up cell's record: as a kurtboost cell would have them."""
     return {
-        "execution": "int4",
         "diagnostics": {
             "weights": [
                 {"bits": 4, "group": 128, "axis": 1, "count": 210 - len(linears), "linears": None},
@@ -38,7 +37,7 @@ def boosted(options: dict[str, Any], linears: list[str], computed: float, measur
         "measured": {
             "seconds": {},
             "memory": {
-                "linears": {"computed": computed, "measured": measured, "float16": 400.0},
+                "linears": {"computed": computed, "measured": 999.0, "float16": 400.0, "packed": packed},
                 "rest": {"computed": 1.0, "measured": 1.0},
                 "kv_token": {"computed": 1.0, "measured": 1.0, "float16": 1.0},
             },

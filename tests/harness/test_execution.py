@@ -140,6 +140,7 @@ def test_memory_is_what_the_shapes_say(simulated: Filled, packed: Filled) -> Non
             "computed": WEIGHTS / 2 + 2 * CHANNELS,
             "measured": WEIGHTS / 2 + 4 * CHANNELS,
             "float16": 2 * WEIGHTS,
+            "packed": WEIGHTS / 2 + 4 * CHANNELS,
         }
         # Codes, a float32 scale, a zero-point of a byte.
         assert memory["kv_token"] == {
@@ -148,6 +149,7 @@ def test_memory_is_what_the_shapes_say(simulated: Filled, packed: Filled) -> Non
             "float16": ENTRIES * HEAD_DIM * 2,
         }
         assert twin["linears"]["measured"] == 5 * WEIGHTS + 4 * CHANNELS, "float32, codes of a byte, scales"
+        assert twin["linears"]["packed"] == memory["linears"]["packed"]
         assert twin["kv_token"]["measured"] == ENTRIES * HEAD_DIM * 4
         for part in ("linears", "rest", "kv_token"):
             assert memory[part]["computed"] == twin[part]["computed"]
@@ -157,7 +159,12 @@ def test_memory_is_what_the_shapes_say(simulated: Filled, packed: Filled) -> Non
     assert memory["linears"]["measured"] == WEIGHTS * 3 / 8 + WEIGHTS / 8 * (4 + 4)
     assert memory["kv_token"]["measured"] == ENTRIES * HEAD_DIM * 4
     plain = packed.measured("float w16a16", "memory")
-    assert plain["linears"] == {"computed": 2 * WEIGHTS, "measured": 4 * WEIGHTS, "float16": 2 * WEIGHTS}
+    assert plain["linears"] == {
+        "computed": 2 * WEIGHTS,
+        "measured": 4 * WEIGHTS,
+        "float16": 2 * WEIGHTS,
+        "packed": 4 * WEIGHTS,
+    }
 
 
 @pytest.mark.parametrize(

@@ -243,11 +243,9 @@ def test_mixed_bits_packed_and_on_disk(
     )
     assert len(set(widths(simulated).values())) > 1, "nothing was boosted"
     torch.testing.assert_close(packed.decoder(IDS), simulated.decoder(IDS), rtol=0, atol=1e-9)
-    held, loose = (
-        memory(packed.decoder, packed.plan).linears,
-        memory(simulated.decoder, simulated.plan).linears,
-    )
-    assert held.computed == loose.computed < held.measured < loose.measured
+    held, loose = (memory(one.decoder, one.plan) for one in (packed, simulated))
+    assert held.linears.computed == loose.linears.computed < held.linears.measured < loose.linears.measured
+    assert loose.packed == held.packed == held.linears.measured
     folder = tmp_path / "packed"
     folder.mkdir()
     write_packed(folder, packed.decoder, checkpoint.folder, {})
