@@ -18,7 +18,7 @@ from harness.layers import CORRELATIONS, LayerValues, correlations, merged, publ
 from harness.markdown import plain, table
 from harness.published import Paper, papers
 from harness.published import Row as PublishedRow
-from harness.records import Cell, Model, Row
+from harness.records import Cell, Column, Model, Row
 from harness.stats import Estimate
 from harness.tables import flag_note, p_text, signed
 from methods.sensitivity import Layers, of_matrices
@@ -36,13 +36,14 @@ PUBLISHED_ROWS = {
 }
 """The authors' rows, as reports call them and as methods/published writes them."""
 EXPLAINED = """\
-Δ log-perplexity on {task} over the same passages (below zero is better, 0.01 is 1 % of perplexity; 95 % \
+Δ log-perplexity over the same passages (below zero is better, 0.01 is 1 % of perplexity; 95 % \
 intervals), within one bit-width. `base`: the rounding alone with the same bits and groups. `control`: as \
 many matrices of each type, drawn at random from those that do not stand out; over its draws, whose spread \
 is part of the interval. `choice - control` is what choosing adds; its p-values are corrected for all \
 choices of this table (Holm). Memory is that of the quantised linears over the base's: by formula (bits, and \
 16 for a scale or a fractional zero-point, or 8 where those are quantised) and by the bytes that they held \
-once packed, which counts float32 scales, padding, and scales that groups across outputs repeat."""
+once packed, which counts float32 scales, padding, and scales that groups across outputs repeat (–: not on \
+record)."""
 PUBLISHED_NOTE = """\
 Theirs, not measured here: from the authors' repository (methods/published/boost.json), on their models \
 by their protocol. Change of WikiText-2 perplexity against HQQ of the same budget in percent, for 2 and 3 \
@@ -68,13 +69,14 @@ def boosting_section(model: Model, figures: Path, stem: str) -> list[str]:
     if not rows:
         return []
     problems: dict[str, None] = {}
-    column = next(iter(model.perplexities), None)
-    found = [] if column is None else _comparisons(model, rows, problems)
+    found: list[Comparison] = []
     text = ["### More bits where they matter"]
-    if found and column is not None:
-        holm = inference.holm([_p(comparison.to_control) for comparison in found])
-        text += [_table(found, holm), EXPLAINED.format(task=column.title)]
-        text.append(_verdict(found, holm))
+    for place, column in enumerate(model.perplexities):
+        if found := _comparisons(model, column, rows, problems):
+            holm = inference.holm([_p(comparison.to_control) for comparison in found])
+            text += [f"#### On {column.title}", _table(found, holm)]
+            text += [] if place else [EXPLAINED]
+            text.append(_verdict(found, holm))
     missing = [f"{row.bits} {row.label}" for row in rows if not _is_control(row) and not _in(row, found)]
     if missing:
         text.append(
@@ -91,9 +93,9 @@ def boosting_section(model: Model, figures: Path, stem: str) -> list[str]:
     return [*text, *_figure(model, rows, figures, stem), *published_section()]
 
 
-def _comparisons(model: Model, rows: Sequence[Row], problems: dict[str, None]) -> list[Comparison]:
-    column = model.perplexities[0]
-
+def _comparisons(
+    model: Model, column: Column, rows: Sequence[Row], problems: dict[str, None]
+) -> list[Comparison]:
     def difference(reference: Row | None, row: Row | None) -> Estimate | None:
         if reference is None or row is None:
             return None

@@ -92,6 +92,9 @@ def test_section(run: Path) -> None:
     assert float(cells[5].split()[0]) == pytest.approx(-0.2, abs=0.05)
     assert float(cells[8].split()[0]) == pytest.approx(-0.18, abs=0.05)
     assert "Does choosing beat drawing at random? Yes." in section
+    texts = [line for line in section.splitlines() if line.startswith("#### On ")]
+    assert texts == ["#### On perplexity wikipedia", "#### On perplexity news"]
+    assert section.count("Does choosing beat drawing at random?") == 2
     assert "%, for +2.00 % of the linears' memory by formula" in section
     assert (run / "figures" / "smollm2-135m-instruct-depth.svg").is_file()
     assert "Meta-Llama-3-8B (theirs)" in section and "Theirs, not measured here" in section
