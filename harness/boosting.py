@@ -1,30 +1,38 @@
-"""The report's section on methods that give more bits to some matrices: does the choice of matrices matter?
-
-A boosted row is compared, on the same documents, with its base (the rounding alone, of the same bits and
-groups) and with its control (as many matrices of each type, drawn at random).
-"""
+"""The report's section on methods that give more bits to some matrices: what they bring for what they take,
+beside what else the bits could be spent on, and whether the choice matters (harness/choices.py)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness import inference, plots
+from harness.choices import (
+    BOOSTS,
+    Choice,
+    Pooled,
+    boosted_linears,
+    choices_of,
+    is_boosted,
+    is_control,
+    planned,
+    pooled,
+    rivals,
+)
 from harness.evidence import over, paired_rows
 from harness.layers import CORRELATIONS, LayerValues, correlations, merged, published
 from harness.markdown import plain, table
 from harness.published import Paper, papers
 from harness.published import Row as PublishedRow
-from harness.records import Cell, Column, Model, Row
+from harness.records import Cell, Column, Model, Row, flags_of
 from harness.stats import Estimate
-from harness.tables import flag_note, p_text, signed
+from harness.tables import flag_notes, p_text, signed
 from methods.sensitivity import Layers, of_matrices
 
-BOOSTS = ("sensiboost", "kurtboost")
 ALPHA = 0.05
+MEBIBYTE = 2**20
 PUBLISHED_ROWS = {
     f"{name} {stop}": f"{method}stop={stop}"
     for name, method in (
@@ -35,143 +43,197 @@ PUBLISHED_ROWS = {
     for stop in (2, 3)
 }
 """The authors' rows, as reports call them and as methods/published writes them."""
-EXPLAINED = """\
-Δ log-perplexity over the same passages (below zero is better, 0.01 is 1 % of perplexity; 95 % \
-intervals), within one bit-width. `base`: the rounding alone with the same bits and groups. `control`: as \
-many matrices of each type, drawn at random from those that do not stand out; over its draws, whose spread \
-is part of the interval. `choice - control` is what choosing adds; its p-values are corrected for all \
-choices of this table (Holm). Memory is that of the quantised linears over the base's: by formula (bits, and \
-16 for a scale or a fractional zero-point, or 8 where those are quantised) and by the bytes that they held \
-once packed, which counts float32 scales, padding, and scales that groups across outputs repeat (–: not on \
-record)."""
+HEADLINE = ("sensiboost", 3, 128, 3)
+"""Method, bits, group and rungs of the authors' best cell, from which their headline comes."""
+LEVELS = """\
+Each width's first row is the base of those under it, the rounding alone with the same groups and scales, \
+and Δ is the difference of log-perplexity to it over the same passages (below zero is better, 0.01 is 1 % \
+of perplexity; 95 % intervals). Draws: the mean, and the best and worst, of as many matrices of each type \
+drawn at random. Memory is that of the quantised linears: by formula (bits, and 16 for a scale or a \
+fractional zero-point, or 8 where those are quantised) and of the bytes that they held once packed, which \
+counts float32 scales, padding, and scales that groups across outputs repeat (–: not on record)."""
+CHOOSING = """\
+Choice - draws is what choosing adds; below zero is better. The choice is one set of matrices, so it is \
+held against the spread of the draws, as one more of them would be, and not against the precision of their \
+mean. All rows of one method share the choice, and those of one seed the draw: they are no replications of \
+each other, so the tests are those of the second table, where each draw's differences are averaged over a \
+method's rows of one width first; p is corrected for all of its lines (Holm). Detectable: the smallest \
+true effect that such a test would see in 80 % of runs."""
 PUBLISHED_NOTE = """\
-Theirs, not measured here: from the authors' repository (methods/published/boost.json), on their models \
-by their protocol. Change of WikiText-2 perplexity against HQQ of the same budget in percent, for 2 and 3 \
-rungs, with the change of memory that they recorded in brackets; `random` is their control. Not to be set \
-beside the numbers above."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A boosted row, its base and its control, with the differences of log-perplexity that could be had."""
-
-    row: Row
-    base: Row
-    control: Row | None
-    to_base: Estimate | None
-    control_to_base: Estimate | None
-    to_control: Estimate | None
+Theirs, not measured here: from the authors' repository (methods/published/boost.json), on their models by \
+their protocol. Change of WikiText-2 perplexity against HQQ of the same budget in percent, for 2 and 3 \
+rungs, with the change of the GPU memory that they recorded in brackets, embeddings included; `random` is \
+their control, drawn without a seed. Their headline, up to 9 % less perplexity for 2 % more memory, is one \
+corner of this table (Llama-3-8B, 3.13 bits, sensiboost 3; by the formula +1.81 %); at 4 bits and more the \
+gains fade, and on Llama-2-13B at 3.13 bits random choices did better than theirs by sensitivity. Not to \
+be set beside the numbers above."""
 
 
 def boosting_section(model: Model, figures: Path, stem: str) -> list[str]:
     """Writes its figure, returns its text; empty without a boosted row."""
-    rows = [row for row in model.rows if _boost(row.first)]
+    rows = [row for row in model.rows if is_boosted(row)]
     if not rows:
         return []
     problems: dict[str, None] = {}
-    found: list[Comparison] = []
+    compared: set[str] = set()
     text = ["### More bits where they matter"]
-    for place, column in enumerate(model.perplexities):
-        if found := _comparisons(model, column, rows, problems):
-            holm = inference.holm([_p(comparison.to_control) for comparison in found])
-            text += [f"#### On {column.title}", _table(found, holm)]
-            text += [] if place else [EXPLAINED]
-            text.append(_verdict(found, holm))
-    missing = [f"{row.bits} {row.label}" for row in rows if not _is_control(row) and not _in(row, found)]
+    explained = False
+    for column in model.perplexities:
+        choices = choices_of(model, column, problems)
+        if not choices:
+            continue
+        compared |= {f"{choice.row.bits} {choice.row.label}" for choice in choices}
+        tests = pooled(choices)
+        text += [f"#### On {column.title}", _levels(model, column, choices, problems)]
+        text += [] if explained else [LEVELS]
+        if any(choice.draws for choice in choices):
+            text += [_rows(model, choices), *([_tests(tests)] if tests else [])]
+            text += [] if explained else [CHOOSING]
+        text += [_verdict(choices, tests), _headline(model, column, choices)]
+        explained = True
+    own = [f"{row.bits} {row.label}" for row in rows if not is_control(row)]
+    missing = [name for name in own if name not in compared] if model.perplexities else []
     if missing:
         text.append(
             f"Without a base (hqq, or the same rounding alone) to compare with: {plain('; '.join(missing))}."
         )
     text += [f"Not compared: {plain('; '.join(problems))}."] if problems else []
     empty = [
-        f"{row.bits} {row.label}" for row in rows if not _is_control(row) and not boosted_linears(row.first)
+        f"{row.bits} {row.label}" for row in rows if not is_control(row) and not boosted_linears(row.first)
     ]
     if empty:
         text.append(f"No layer stood out, so nothing was boosted: {plain('; '.join(empty))}.")
-    if model.record.get("pre_quantised"):
-        text.append(flag_note(model.record, "†"))
-    return [*text, *_figure(model, rows, figures, stem), *published_section()]
+    text += flag_notes(model.record, {flag for row in rows for flag in flags_of(model.record, row)})
+    return [*filter(None, text), *_figure(model, rows, figures, stem), *published_section()]
 
 
-def _comparisons(
-    model: Model, column: Column, rows: Sequence[Row], problems: dict[str, None]
-) -> list[Comparison]:
-    def difference(reference: Row | None, row: Row | None) -> Estimate | None:
-        if reference is None or row is None:
-            return None
-        seeds = over(paired_rows(reference.usable, row, [column], problems), [column])
-        return inference.over_seeds(seeds) if seeds else None
-
-    found = []
-    for row in rows:
-        base = next((other for other in model.rows if _is_base(other, row)), None)
-        if _is_control(row) or base is None:
-            continue
-        control = next((other for other in rows if _is_control(other) and _same_choice(other, row)), None)
-        found.append(
-            Comparison(
-                row, base, control, difference(base, row), difference(base, control), difference(control, row)
-            )
-        )
-    return found
-
-
-def _table(found: Sequence[Comparison], holm: Sequence[float]) -> str:
+def _levels(model: Model, column: Column, choices: Sequence[Choice], problems: dict[str, None]) -> str:
+    """Every base, what else its bits could be spent on, its choices and their draws."""
     lines = []
-    for comparison, p in zip(found, holm, strict=True):
-        row, control = comparison.row, comparison.control
-        total = sum(some["count"] for some in _weights(row.first))
+    for base in dict.fromkeys(choice.base for choice in choices):
+        own = [choice for choice in choices if choice.base is base]
+        lines.append(_level(model, column, base, "", None))
+        for row in rivals(model, base):
+            seeds = over(paired_rows(base.usable, row, [column], problems), [column])
+            lines.append(_level(model, column, row, "", inference.over_seeds(seeds) if seeds else None))
+        for choice in own:
+            total = sum(some["count"] for some in planned(choice.row.first))
+            boosted = f"{len(boosted_linears(choice.row.first))} of {total}"
+            lines.append(_level(model, column, choice.row, boosted, choice.to_base))
+            if choice.control is not None and boosted_linears(choice.row.first):
+                lines.append(_level(model, column, choice.control, boosted, choice.control_to_base))
+    head = ["bits", "method", "boosted", "bits / weight", "formula (MiB)", "packed (MiB)", column.title]
+    return table([*head, "Δ to base [95 %]"], lines)
+
+
+def _level(model: Model, column: Column, row: Row, boosted: str, to_base: Estimate | None) -> list[str]:
+    bits = [
+        cell.record["effective_bits"]["weight"] for cell in row.usable if cell.record.get("effective_bits")
+    ]
+    return [
+        row.bits,
+        f"{row.label} {flags_of(model.record, row)}".strip(),
+        boosted,
+        f"{sum(bits) / len(bits):.3f}" if bits else "–",
+        *(_mebibytes(row, how) for how in ("computed", "packed")),
+        _perplexity(column, row),
+        "" if to_base is None else signed(to_base, "perplexity", interval=True, p=1.0),
+    ]
+
+
+def _perplexity(column: Column, row: Row) -> str:
+    """Mean over seeds, with the best and worst of several."""
+    found = [estimate.value for cell in row.usable if (estimate := column.estimate(cell)) is not None]
+    values = sorted(math.exp(value) if value < 700 else math.inf for value in found)
+    if len(values) < 2:
+        return f"{values[0]:.4g}" if values else "–"
+    return f"{sum(values) / len(values):.4g} ({values[0]:.4g} to {values[-1]:.4g})"
+
+
+def _rows(model: Model, choices: Sequence[Choice]) -> str:
+    lines = []
+    for choice in choices:
+        if not choice.draws or not boosted_linears(choice.row.first):
+            continue
+        better = sum(estimate.value < 0 for estimate in choice.draws.values())
         lines.append(
             [
-                row.bits,
-                row.label,
-                f"{len(boosted_linears(row.first))} of {total}",
-                *(_more(comparison.base.first, row.first, how) for how in ("computed", "packed")),
-                signed(comparison.to_base, "perplexity", interval=True, p=1.0),
-                "–" if control is None else str(len(control.usable)),
-                signed(comparison.control_to_base, "perplexity", interval=True, p=1.0),
-                signed(comparison.to_control, "perplexity", interval=True, p=p),
-                p_text(p),
+                choice.row.bits,
+                f"{choice.row.label} {flags_of(model.record, choice.row)}".strip(),
+                f"{better} of {len(choice.draws)}",
+                signed(choice.to_control, "perplexity", interval=True, p=1.0),
             ]
         )
-    head = ["bits", "method", "boosted", "memory by formula", "memory in bytes", "choice - base [95 %]"]
-    head += ["draws", "control - base [95 %]", "choice - control [95 %]", "p (Holm)"]
+    return table(["bits", "method", "better than draws", "choice - draws [95 %]"], lines) if lines else ""
+
+
+def _tests(tests: Sequence[Pooled]) -> str:
+    lines = [
+        [
+            f"w{test.bits}",
+            test.method,
+            str(len(test.choices)),
+            str(test.draws),
+            signed(test.difference, "perplexity", interval=True, p=test.p),
+            p_text(test.p),
+            f"{inference.detectable(test.difference.stderr, test.difference.df):.3f}",
+        ]
+        for test in tests
+    ]
+    head = ["bits", "method", "rows", "draws", "choice - draws [95 %]", "p (Holm)", "detectable"]
     return table(head, lines)
 
 
-def _verdict(found: Sequence[Comparison], holm: Sequence[float]) -> str:
-    """Does boosting beat the control, and what of the paper's headline."""
-    tested = [
-        (comparison, comparison.to_control, p)
-        for comparison, p in zip(found, holm, strict=True)
-        if comparison.to_control is not None and boosted_linears(comparison.row.first)
-    ]
-    if not tested:
-        said = "**Whether choosing beats drawing at random is open**: no choice has a control here."
+def _verdict(choices: Sequence[Choice], tests: Sequence[Pooled]) -> str:
+    """Does boosting beat the control?"""
+    if not any(boosted_linears(choice.row.first) for choice in choices):
+        return "**Whether choosing beats drawing at random cannot be asked here**: nothing was chosen."
+    if not tests:
+        return "**Whether choosing beats drawing at random is open**: no choice has two draws of its size."
+    told = [test for test in tests if test.p < ALPHA]
+    better = [test for test in told if test.difference.value < 0]
+    if len(better) == len(tests):
+        answer = "Yes"
+    elif not told:
+        answer = "It cannot be told"
     else:
-        better = [c for c, d, p in tested if p < ALPHA and d.value < 0]
-        worse = [c for c, d, p in tested if p < ALPHA and d.value > 0]
-        answer = "yes" if len(better) == len(tested) else "not in general" if better else "not here"
-        said = (
-            f"**Does choosing beat drawing at random? {answer.capitalize()}.** Choices that have a control: "
-            f"{len(tested)}; better than its mean at 5 % (Holm): {len(better)}{_names(better)}; worse: "
-            f"{len(worse)}{_names(worse)}; the rest cannot be told apart in a run of this size."
-        )
-    gains = [(comparison, estimate) for comparison in found if (estimate := comparison.to_base) is not None]
-    if not gains:
-        return said
-    best, gain = min(gains, key=lambda pair: pair[1].value)
-    cost = _more(best.base.first, best.row.first, "computed")
-    sure = "" if gain.p_value() < ALPHA else ", which may be chance"
+        worse = [test for test in told if test not in better]
+        said = [f"better for {_names(better)}"] if better else []
+        said += [f"worse for {_names(worse)}"] if worse else []
+        said += ["the rest cannot be told"] if len(told) < len(tests) else []
+        answer = "; ".join(said).capitalize()
     return (
-        f"{said} The paper's headline is up to 9 % less perplexity for 2 % more memory; the most favourable "
-        f"choice here, {best.row.bits} {plain(best.row.label)}, changes its base's by "
-        f"{100 * math.expm1(gain.value):+.1f} %{sure}, for {cost} of the linears' memory by formula."
+        f"**Does choosing beat drawing at random? {answer}.** {len(tests)} tests at 5 %, corrected for each "
+        "other; what cannot be told may still be there, below what the column `detectable` says."
     )
 
 
-def _names(found: Sequence[Comparison]) -> str:
-    return f" ({', '.join(f'{c.row.bits} {plain(c.row.label)}' for c in found)})" if found else ""
+def _names(tests: Sequence[Pooled]) -> str:
+    return " and ".join(f"{test.method} at {test.bits} bits" for test in tests)
+
+
+def _headline(model: Model, column: Column, choices: Sequence[Choice]) -> str:
+    """The authors' headline in the cell that theirs comes from."""
+    method, bits, group, stop = HEADLINE
+    for choice in choices:
+        found = choice.row.first
+        options = found.record["method"]["options"].get(method, {})
+        if (found.bits.weight, found.bits.group, options.get("stop")) != (bits, group, stop):
+            continue
+        if choice.to_base is None or not boosted_linears(found):
+            continue
+        unrounded = next((row for row in model.rows if row.first.is_float), None)
+        far = [_perplexity(column, row) for row in (choice.base, unrounded) if row is not None]
+        low, high = (100 * math.expm1(bound) for bound in choice.to_base.interval())
+        return (
+            "The authors' headline is up to 9 % less perplexity for 2 % more memory, of their sensiboost at "
+            f"{bits} bits in groups of {group}, {stop} rungs up. The same here, {plain(choice.row.label)}: "
+            f"{100 * math.expm1(choice.to_base.value):+.1f} % [{low:+.1f}, {high:+.1f}] for "
+            f"{_more(choice.base, choice.row, 'computed')} of the linears' memory by formula and "
+            f"{_more(choice.base, choice.row, 'packed')} packed, from a base of perplexity "
+            f"{' where float has '.join(far)}."
+        )
+    return ""
 
 
 def _figure(model: Model, rows: Sequence[Row], figures: Path, stem: str) -> list[str]:
@@ -180,7 +242,7 @@ def _figure(model: Model, rows: Sequence[Row], figures: Path, stem: str) -> list
     for row in rows:
         for name, facts in _learned(row.first).items():
             layers = _values(facts)
-            if layers and name not in series and not _is_control(row):
+            if layers and name not in series and not is_control(row):
                 series[name] = layers, _by_type(boosted_linears(row.first))
     if not series:
         return []
@@ -238,19 +300,6 @@ def _their_gain(paper: Paper, base: PublishedRow, spec: str, model: str) -> str:
     return f"{gain:+.2f}" + ("" if math.isnan(memory) else f" ({memory:+.2f})")
 
 
-# What a record says
-
-
-def boosted_linears(cell: Cell) -> list[str]:
-    """Names of the linears that have another quantiser than most."""
-    return [name for some in _weights(cell) for name in some["linears"] or ()]
-
-
-def _weights(cell: Cell) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = (cell.record.get("diagnostics") or {}).get("weights") or []
-    return found
-
-
 def _by_type(names: Sequence[str]) -> dict[str, list[int]]:
     """ "layers.3.mlp.down_proj" as {"down": [3]}."""
     found: dict[str, list[int]] = {}
@@ -273,66 +322,21 @@ def _values(facts: Mapping[str, Any]) -> Layers:
     return of_matrices(readings, own_output=not facts.get("grouped_queries")) if readings else {}
 
 
-def _parts(row: Row) -> dict[str, dict[str, Any]]:
-    parts: dict[str, dict[str, Any]] = row.first.record["method"].get("options") or {}
-    return parts
-
-
-def _boost(cell: Cell) -> dict[str, Any] | None:
-    """Options of the boosting part of a cell's method."""
-    parts = cell.record["method"].get("options") or {}
-    return next((options for name, options in parts.items() if name in BOOSTS), None)
-
-
-def _is_control(row: Row) -> bool:
-    return (_boost(row.first) or {}).get("choice") == "random"
-
-
-def _same_choice(control: Row, row: Row) -> bool:
-    """Whether two rows differ in how matrices are chosen alone."""
-
-    def rest(some: Row) -> dict[str, dict[str, Any]]:
-        return {name: {k: v for k, v in part.items() if k != "choice"} for name, part in _parts(some).items()}
-
-    return control.bits == row.bits and rest(control) == rest(row)
-
-
-def _is_base(other: Row, row: Row) -> bool:
-    """Whether a row is another without its boosting part, rounded alike."""
-    boost, plain_rounding = _boost(row.first), next(iter(_parts(other).values()), {})
-    own, theirs = row.first.record["method"], other.first.record["method"]
-    return (
-        other.bits == row.bits
-        and not other.first.is_float
-        and boost is not None
-        and _boost(other.first) is None
-        and own.get("rounding") == theirs.get("rounding")
-        and _transforms(row) == _transforms(other)
-        and all(boost.get(key) == plain_rounding.get(key) for key in ("group_axis", "meta", "preset"))
-    )
-
-
-def _transforms(row: Row) -> dict[str, dict[str, Any]]:
-    """The parts of a method that neither boost nor round alone, by their options but the rounding."""
-    return {
-        name: {key: value for key, value in part.items() if key != "rounding"}
-        for name, part in _parts(row).items()
-        if name not in (*BOOSTS, "hqq", "gptq", "rtn")
-    }
-
-
-def _more(base: Cell, cell: Cell, how: str) -> str:
-    """How many percent more the linears of a cell take than the base's."""
-    sizes = [
-        ((some.record.get("measured") or {}).get("memory") or {}).get("linears", {}).get(how)
-        for some in (base, cell)
+def _sizes(row: Row, how: str) -> list[float]:
+    """Bytes of the linears of each cell that has them on record."""
+    found = [
+        ((cell.record.get("measured") or {}).get("memory") or {}).get("linears", {}).get(how)
+        for cell in row.usable
     ]
-    return f"{100 * (sizes[1] / sizes[0] - 1):+.2f} %" if all(sizes) else "–"
+    return [float(size) for size in found if size is not None]
 
 
-def _p(estimate: Estimate | None) -> float:
-    return math.nan if estimate is None else estimate.p_value()
+def _mebibytes(row: Row, how: str) -> str:
+    sizes = _sizes(row, how)
+    return f"{sum(sizes) / len(sizes) / MEBIBYTE:.2f}" if sizes else "–"
 
 
-def _in(row: Row, found: Sequence[Comparison]) -> bool:
-    return any(comparison.row is row for comparison in found)
+def _more(base: Row, row: Row, how: str) -> str:
+    """How many percent more the linears of a row take than the base's."""
+    first, second = _sizes(base, how), _sizes(row, how)
+    return f"{100 * (second[0] / first[0] - 1):+.2f} %" if first and second else "–"

@@ -50,12 +50,15 @@ from methods.sensitivity import (
 PUBLISHED = Path(__file__).resolve().parent.parent / "methods" / "published" / "boost"
 COLUMNS = ("layer", "matrix", "params", "sensitivity_b4g64", "kurtosis")
 CORRELATIONS = """\
-Spearman's rank correlation of the values along depth, matrix type by matrix type (the deeper model is read \
-at the relative depths of the other): the median of the seven types and the range. 1: layers stand in the \
-same order in both models. What grows with depth in every model is alike for that alone, so `its steps` \
-correlates the changes from layer to layer (quotients of sensitivities, differences of kurtosis), which is \
-what layers are chosen by. `theirs`: measured by the authors of SensiBoost and KurtBoost, who claim that the \
-pattern is the same within a family of models."""
+Spearman's rank correlation of the values along depth, matrix type by matrix type (the deeper model is \
+read at the relative depths of the other; types that share their values, as those of one part share its \
+sensitivity, count once): the median of the types and the range. 1: layers stand in the same order in both \
+models. What grows with depth in every model is alike for that alone: the rows named `depth` correlate a \
+model's values with the number of the layer, and `its steps` correlates the changes from layer to layer \
+(quotients of sensitivities, differences of kurtosis), which is what layers are chosen by. `theirs`: \
+measured by the authors of SensiBoost and KurtBoost, who claim that the pattern is the same within a \
+family of models; it would have to correlate more between two Llama-2 models than with Llama-3, and in its \
+steps."""
 LATTICE = """\
 {name}: {fraction:.0%} of its linears already lie on {levels} levels in groups of {group}, so HQQ in groups \
 of 64 comes close to many of them whatever they do: its sensitivities say little about other models."""
@@ -105,7 +108,7 @@ def write_csv(path: Path, values: LayerValues) -> None:
 
 
 def correlations(models: Sequence[LayerValues]) -> str:
-    """The table of every two models."""
+    """The table of every two models, and of every model with depth itself."""
     lines = []
     for first, second in combinations(models, 2):
         line = [f"{first.title}, {second.title}"]
@@ -113,12 +116,26 @@ def correlations(models: Sequence[LayerValues]) -> str:
             (first.sensitivity, second.sensitivity, True),
             (first.kurtosis, second.kurtosis, False),
         ):
-            pairs = [aligned(one[name], other[name]) for name in one if name in other]
+            pairs = _distinct([aligned(one[name], other[name]) for name in one if name in other])
             changes = [[steps(values, ratio=ratio) for values in pair] for pair in pairs]
             line += [_median_between([rank_correlation(*pair) for pair in some]) for some in (pairs, changes)]
         lines.append(line)
+    for model in models:
+        line = [f"{model.title}, depth"]
+        for layers in (model.sensitivity, model.kurtosis):
+            pairs = _distinct([(list(values), list(range(len(values)))) for values in layers.values()])
+            line += [_median_between([rank_correlation(*pair) for pair in pairs]), "–"]
+        lines.append(line)
     head = ["model", "activation sensitivity", "its steps", "kurtosis of weights", "its steps "]
     return table(head, lines)
+
+
+def _distinct(
+    pairs: Sequence[tuple[Sequence[float], Sequence[float]]],
+) -> list[tuple[list[float], list[float]]]:
+    """Without repetitions: matrix types of one part have the part's sensitivity."""
+    unique = dict.fromkeys((tuple(one), tuple(other)) for one, other in pairs)
+    return [(list(one), list(other)) for one, other in unique]
 
 
 def _median_between(values: Sequence[float]) -> str:
@@ -159,7 +176,7 @@ def measure(name: str, arguments: argparse.Namespace) -> tuple[LayerValues, dict
     started = time.perf_counter()
     kurtosis = weight_kurtosis(model, context)
     between = time.perf_counter()
-    rounder, spec = measuring("hqq", arguments.axis)
+    rounder, spec = measuring("hqq", arguments.axis, meta=arguments.axis == 0)
     parts = activation_sensitivity(model, tokens, context, rounder=rounder, spec=spec)["mse"]
     ended = time.perf_counter()
     own_output = arguments.own_output or model.config.heads == model.config.kv_heads
@@ -177,6 +194,7 @@ def measure(name: str, arguments: argparse.Namespace) -> tuple[LayerValues, dict
         "calibration": {"name": corpus.name, "sha256": corpus.sha256, "samples": samples, "length": length},
         "seed": arguments.seed,
         "axis": arguments.axis,
+        "meta": arguments.axis == 0,
         "seconds": {"sensitivity": ended - between, "kurtosis": between - started},
         "threads": torch.get_num_threads(),
         "device": str(context.device),
@@ -200,7 +218,13 @@ def parser() -> argparse.ArgumentParser:
     add("--calibration", default="boolq", metavar="NAME|PATH", help="text (default: %(default)s)")
     add("--samples", type=int, default=32, metavar="N", help="calibration sequences (default: %(default)s)")
     add("--length", type=int, default=512, metavar="N", help="tokens of each (default: %(default)s)")
-    add("--axis", type=int, default=1, choices=(0, 1), help="of HQQ's groups (default: %(default)s)")
+    add(
+        "--axis",
+        type=int,
+        default=0,
+        choices=(0, 1),
+        help="of HQQ's groups: 0, along the outputs, with 8-bit scales, as in the paper, or 1 (default: 0)",
+    )
     add("--own-output", action="store_true", help="o_proj's own sensitivity with grouped queries, too")
     add("--seed", type=int, default=0, metavar="N", help="of the calibration windows")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")

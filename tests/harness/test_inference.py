@@ -59,6 +59,30 @@ def test_the_error_over_seeds_is_not_too_small() -> None:
     assert 0.98 < ratio < 1.2
 
 
+@pytest.mark.parametrize("sampling", [0.05, 1.0])
+def test_a_value_like_its_draws_is_rarely_told_from_them(sampling: float) -> None:
+    """Where a choice is but one more draw, 5 % of tests say otherwise, at the most; `over_seeds`, which asks
+    about the mean of the draws, says so in a third of them."""
+    generator = np.random.default_rng(0)
+    found, naive = [], []
+    for _ in range(1000):
+        documents = sampling * generator.standard_normal()
+        gaps = generator.standard_normal() - generator.standard_normal(5) + documents
+        estimates = [Estimate(float(gap), sampling, math.inf) for gap in gaps]
+        difference = inference.as_one_more(estimates)
+        assert difference is not None
+        found.append(difference.p_value())
+        naive.append(inference.over_seeds(estimates).p_value())
+    assert np.mean(np.array(found) < 0.05) < 0.065
+    if sampling < 0.1:
+        assert np.mean(np.array(found) < 0.05) > 0.03
+        assert np.mean(np.array(naive) < 0.05) > 0.25
+
+
+def test_one_draw_tells_nothing() -> None:
+    assert inference.as_one_more([Estimate(1.0, 0.1)]) is None
+
+
 def test_seeds_and_sampling_are_told_apart() -> None:
     """Seeds that differ on documents known exactly, and documents that differ under seeds that do not."""
     values = [1.0, 2.0, 6.0]
