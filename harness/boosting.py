@@ -241,7 +241,7 @@ def _figure(model: Model, rows: Sequence[Row], figures: Path, stem: str) -> list
     series: dict[str, tuple[Layers, Mapping[str, Sequence[int]]]] = {}
     for row in rows:
         for name, facts in _learned(row.first).items():
-            layers = _values(facts)
+            layers = _values(facts, row.first.record["method"]["options"].get(name) or {})
             if layers and name not in series and not is_control(row):
                 series[name] = layers, _by_type(boosted_linears(row.first))
     if not series:
@@ -314,12 +314,14 @@ def _learned(cell: Cell) -> dict[str, dict[str, Any]]:
     return {name: facts for name, facts in learned.items() if name in BOOSTS}
 
 
-def _values(facts: Mapping[str, Any]) -> Layers:
+def _values(facts: Mapping[str, Any], options: Mapping[str, Any]) -> Layers:
+    """What the layers were chosen by."""
     if "kurtosis" in facts:
         found: Layers = facts["kurtosis"]
         return found
-    readings = facts.get("readings", {}).get("mse")
-    return of_matrices(readings, own_output=not facts.get("grouped_queries")) if readings else {}
+    readings = facts.get("readings", {}).get(options.get("score", "mse"))
+    own_output = options.get("own_output") or not facts.get("grouped_queries")
+    return of_matrices(readings, own_output=own_output) if readings else {}
 
 
 def _sizes(row: Row, how: str) -> list[float]:

@@ -40,6 +40,7 @@ from methods.sensitivity import (
     Layers,
     activation_sensitivity,
     aligned,
+    grouped_queries,
     measuring,
     of_matrices,
     rank_correlation,
@@ -179,7 +180,7 @@ def measure(name: str, arguments: argparse.Namespace) -> tuple[LayerValues, dict
     rounder, spec = measuring("hqq", arguments.axis, meta=arguments.axis == 0)
     parts = activation_sensitivity(model, tokens, context, rounder=rounder, spec=spec)["mse"]
     ended = time.perf_counter()
-    own_output = arguments.own_output or model.config.heads == model.config.kv_heads
+    own_output = arguments.own_output or not grouped_queries(model)
     shapes = {name: linear.shape for name, linear in model.linears()}
     values = LayerValues(
         checkpoint.name,

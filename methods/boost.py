@@ -29,6 +29,7 @@ from methods.sensitivity import (
     READINGS,
     Layers,
     activation_sensitivity,
+    grouped_queries,
     measuring,
     of_matrices,
     steps,
@@ -143,7 +144,12 @@ class Boost(Method):
         count = sum(map(len, boosted.values()))
         if not count:
             return ["no layer stands out, so nothing is boosted: this is the method's base"]
-        where = ", ".join(f"{_leaf(name)} {_numbers(layers)}" for name, layers in boosted.items())
+        stands = self.outliers(artifact).items()
+        far = {(name, one.layer): f"{one.layer} (z {one.z:.1f})" for name, some in stands for one in some}
+        where = ", ".join(
+            " ".join([_leaf(name), *(far.get((name, layer), str(layer)) for layer in layers)])
+            for name, layers in boosted.items()
+        )
         how = f"drawn at random with seed {artifact.meta['seed']}" if self.draws else "that stand out"
         return [f"{count} matrices {how} are {self.stop} rungs up the ladder; layers: {where}"]
 
@@ -163,10 +169,6 @@ class Boost(Method):
 
 def _leaf(name: str) -> str:
     return name.rpartition(".")[2].removesuffix("_proj")
-
-
-def _numbers(layers: Sequence[int]) -> str:
-    return " ".join(map(str, layers))
 
 
 def _artifact(method: Boost, ctx: Context, started: float, meta: dict[str, Any]) -> Artifact:
@@ -205,7 +207,7 @@ class SensiBoost(Boost):
         started = time.perf_counter()
         rounder, spec = measuring(self.quantiser, *self.layout())
         readings = activation_sensitivity(model, calibration, ctx, rounder=rounder, spec=spec)
-        grouped = model.config.heads != model.config.kv_heads
+        grouped = grouped_queries(model)
         meta = {"readings": readings, "grouped_queries": grouped, "tokens": calibration.numel()}
         return _artifact(self, ctx, started, meta)
 

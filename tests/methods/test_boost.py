@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,8 @@ def test_kurtosis_finds_the_large_weight(checkpoint: Checkpoint) -> None:
     assert {"layers.4.mlp.down_proj", "layers.5.mlp.down_proj"} <= changed
     assert {width for name, width in widths(result).items() if name in changed} == {(4, 128)}
     (note,) = [note for note in result.notes if "rungs up the ladder" in note]
-    assert "down 4 5" in note and note.startswith(f"{len(changed)} matrices that stand out are 3 rungs up")
+    assert re.search(r"down 4 \(z [\d.]+\) 5 \(z", note)
+    assert note.startswith(f"{len(changed)} matrices that stand out are 3 rungs up")
     for name, linear in result.decoder.linears():
         assert linear.quantised is not None
         assert linear.quantised.spec.bits == widths(result)[name][0]
