@@ -1,4 +1,5 @@
 """The study: five recipes on the same data, tokens and seed. Each step is one command; what is done stays.
+All of them after each other, runs side by side: training/study.sh.
 
 python -m training.study rates     --data DIR --out DIR    learning rates, chosen on tuning text
 python -m training.study run       --data DIR --out DIR --tokens N    the runs (a second seed of adam, osp)
@@ -117,26 +118,20 @@ def run_all(arguments: argparse.Namespace, data: Data, device: torch.device, com
 
 
 def quantise_all(arguments: argparse.Namespace, data: Data, device: torch.device, command: str) -> bool:
-    """Measure every finished run at 4 bits; what tables.json holds is not measured again."""
+    """Measure every finished run at 4 bits, unless its folder has a tables.json already."""
     started = time.perf_counter()
-    path = arguments.out / TABLES
-    found: dict[str, Any] = {"command": command, "models": {}}
-    found |= read_json(path) if path.is_file() else {}
     for recipe, seed in arguments.runs:
         folder = _folder(arguments, recipe, seed)
-        name = folder.name
-        if name in found["models"] or not (folder / MODEL).is_dir():
+        if (folder / TABLES).is_file() or not (folder / MODEL).is_dir():
             continue
         if arguments.limit is not None and time.perf_counter() - started >= arguments.limit:
             _say("out of time: give the command again")
             return False
         more = tables.MORE if recipe in ("adam", "osp") else ()
         cells = (*tables.EVERY, *more)
-        found["models"][name] = tables.measure(
-            folder / MODEL, data, cells, device, seed=seed, windows=arguments.windows
-        )
-        write_json(path, found)
-        _say(f"{name}: {len(cells)} cells, {time.perf_counter() - started:.0f} s in all")
+        found = tables.measure(folder / MODEL, data, cells, device, seed=seed, windows=arguments.windows)
+        write_json(folder / TABLES, {"command": command, "cells": found})
+        _say(f"{folder.name}: {len(cells)} cells, {time.perf_counter() - started:.0f} s in all")
     return True
 
 
@@ -156,9 +151,22 @@ def time_steps(arguments: argparse.Namespace, device: torch.device, command: str
 def collect(out: Path, data: Path, to: Path, runs: Sequence[tuple[str, int]]) -> None:
     """Everything that the commands above left in `out`, and where the data came from, in one file."""
     found: dict[str, Any] = {"data": read_json(data / tokens.ABOUT), "runs": {}}
-    for name in (RATES, TABLES, OVERHEAD):
+    for name in (RATES, OVERHEAD):
         path = out / name
         found[path.stem] = read_json(path) if path.is_file() else None
+    measured = {
+        path.parent.name: read_json(path)
+        for recipe, seed in runs
+        if (path := out / f"{recipe}-{seed}" / TABLES).is_file()
+    }
+    found["tables"] = (
+        {
+            "command": "; ".join(dict.fromkeys(one["command"] for one in measured.values())),
+            "models": {name: one["cells"] for name, one in measured.items()},
+        }
+        if measured
+        else None
+    )
     for recipe, seed in runs:
         folder = out / f"{recipe}-{seed}"
         if not (folder / RUN).is_file():

@@ -54,7 +54,9 @@ def test_the_whole_study(data: Data, tmp_path: Path, capsys: pytest.CaptureFixtu
     more = (("ffn_hadamard", "w4a4kv4"),)
     with mock.patch.object(tables, "EVERY", (("rtn", "w4a4"),)), mock.patch.object(tables, "MORE", more):
         assert give("tables", *shared, *runs, "--windows", 3) == 0
-    found = json.loads((out / study.TABLES).read_text())["models"]
+    found = {
+        name: json.loads((out / name / study.TABLES).read_text())["cells"] for name in ("adam-0", "osp-1")
+    }
     specs = {name: [cell["spec"] for cell in cells] for name, cells in found.items()}
     assert specs == {
         "adam-0": ["float", "rtn", "ffn_hadamard"],
