@@ -4,7 +4,7 @@ Triton compiles for sm_90 on any machine, and its package holds the assembler an
 costs speed there (spilled registers, a loop that grew, a matrix instruction that was not chosen) is seen,
 recorded and tested where there is no GPU at all:
 
-    python -m kernels.compiled --out results/reference/kernels-sm90.json
+    python -m kernels.compiled --out results/reference/kernels-sm90.json.xz
 
 Every module of kernels/triton names the compilations that stand for it, in `compilations()`. This module
 imports triton only where it compiles.
@@ -29,6 +29,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from kernels import recorded
 from kernels.command import run_command
 from kernels.sass import largest_loop, parse_sass
 
@@ -262,7 +263,7 @@ def record(
 def read_record(path: Path) -> dict[str, Any]:
     """A record that `record` made. Raises ValueError for another file, OSError where it cannot be read."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = recorded.read(path)
         for entry in found["triton"].values():
             if not isinstance(entry["code"], str) or not isinstance(entry["kernels"], dict):
                 raise TypeError("no code or no kernels")
@@ -324,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             text = json.dumps(record(found, previous, partial=bool(options.only)), indent=1)
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(text + "\n", encoding="utf-8")
+            options.out.write_bytes(recorded.encoded(options.out, text + "\n"))
         except (ValueError, OSError) as error:
             print(f"quantgrid: {error}", file=sys.stderr)
             return 2

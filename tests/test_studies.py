@@ -309,3 +309,44 @@ def test_what_the_papers_budgets_bring_is_what_the_docs_say(root: Path) -> None:
                 )
                 shown.append(change_text(paired).replace(" [", " % ["))
             assert said.format(*shown) in flat
+
+
+def boosting(root: Path, name: str, text: str) -> dict[str, list[list[str]]]:
+    """The tables of a report's section on boosting for one text, by the first words of their lines."""
+    report = (root / "reports" / name / "report.md").read_text()
+    section = report.partition("### More bits where they matter")[2].partition("\n### ")[0]
+    part = section.partition(f"#### On perplexity {text}")[2].partition("\n#### ")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines()]
+    found: dict[str, list[list[str]]] = {"levels": [], "rows": [], "tests": []}
+    for line in lines:
+        if re.fullmatch(r"w\d(a16g\d+)?", line[0]):
+            found[{8: "levels", 4: "rows", 7: "tests"}[len(line)]].append(line)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "texts"),
+    [("boost", "default †", ["wikipedia"]), ("boost-trained", "deep", ["wikipedia", "news"])],
+)
+def test_what_choosing_brings_is_what_the_docs_say(
+    root: Path, name: str, model: str, texts: list[str]
+) -> None:
+    docs = (root / "docs" / "methods.md").read_text()
+    for text in texts:
+        tests = boosting(root, name, text)["tests"]
+        assert len(tests) == 4
+        for bits, method, _, draws, *rest in tests:
+            assert f"| {' | '.join([model, text, bits, method, draws, *rest])} |" in docs
+
+
+def test_what_else_the_bits_buy_is_what_the_docs_say(root: Path) -> None:
+    docs = (root / "docs" / "methods.md").read_text()
+    for name, model in (("boost", "default †"), ("boost-trained", "deep")):
+        shown = 0
+        for line in boosting(root, name, "wikipedia")["levels"]:
+            bits, method, _, weight, _, packed, level, change = line
+            if f"| {model} | {bits} | {method} |" in docs:
+                shown += 1
+                cells = [model, bits, method, weight, packed, level, change or "–"]
+                assert f"| {' | '.join(cells)} |" in docs
+        assert shown >= 10

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import os
 import re
 import subprocess
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import compiled, ops, tuning
+from kernels import compiled, ops, recorded, tuning
 
 if (reason := ops.unfit_triton()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -31,10 +30,8 @@ from triton.experimental.gluon import language as gl
 from kernels.compiled import Compilation, Facts
 from kernels.sass import largest_loop, parse_sass
 
-RECORD = Path(__file__).resolve().parents[2] / "results" / "reference" / "kernels-sm90.json"
-RECORDED: dict[str, Any] = (
-    json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {"triton": {}}
-)
+RECORD = Path(__file__).resolve().parents[2] / "results" / "reference" / "kernels-sm90.json.xz"
+RECORDED: dict[str, Any] = recorded.read(RECORD) if RECORD.exists() else {"triton": {}}
 NAMES = sorted({name for entry in RECORDED["triton"].values() for name in entry["kernels"]})
 
 

@@ -1,7 +1,6 @@
 """The kernels of the KV cache without a GPU: what they refuse, how they split the context, what the compiler
 makes of them, and what they compute when Triton interprets them (interpreted_kv.py)."""
 
-import json
 import os
 import re
 import subprocess
@@ -16,12 +15,12 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from kernels import compiled  # noqa: E402
+from kernels import compiled, recorded  # noqa: E402
 from kernels.kv_reference import PackedRows, Rows, kv_rows  # noqa: E402
 from kernels.triton import kv_append, kv_attention, kv_dequantise  # noqa: E402
 from kernels.triton.kv_attention import Choice, splits_of  # noqa: E402
 
-RECORD = Path(__file__).resolve().parents[2] / "results" / "reference" / "kernels-sm90.json"
+RECORD = Path(__file__).resolve().parents[2] / "results" / "reference" / "kernels-sm90.json.xz"
 
 
 @pytest.fixture
@@ -146,7 +145,7 @@ def test_registers_hold_as_many_programs_as_are_counted_on() -> None:
     if not RECORD.exists():
         pytest.skip("no record of compiled kernels")
     found = 0
-    for entry in json.loads(RECORD.read_text(encoding="utf-8"))["triton"].values():
+    for entry in recorded.read(RECORD)["triton"].values():
         for name, facts in entry["kernels"].items():
             kind = re.match(r"kv_attention (?:kv|bf)(\d+), D (\d+)(.*)", name)
             if kind is None:
