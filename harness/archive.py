@@ -78,7 +78,10 @@ def pack(run: Path, archive: Path, *, lean: bool = False) -> None:
     archive.parent.mkdir(parents=True, exist_ok=True)
     partial = archive.with_name(f".{archive.name}.partial")
     try:
-        with tarfile.open(partial, "w:xz", preset=9, format=tarfile.PAX_FORMAT) as tar:
+        with (
+            lzma.open(partial, "wb", preset=9 | lzma.PRESET_EXTREME) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,
+        ):
             for file in sorted(files, key=lambda file: (file.name, file)):  # alike beside alike
                 data = changed[file].encode() if file in changed else file.read_bytes()
                 about = tarfile.TarInfo(f"{name}/{file.relative_to(run).as_posix()}")

@@ -20,7 +20,7 @@ from harness.records import Cell, Column, Model, Row
 from harness.stats import Estimate
 
 BOOSTS = ("sensiboost", "kurtboost")
-SIZES = "the draws have other numbers of matrices than the choice"
+SIZES = "draws with other numbers of matrices than the choice"
 
 
 @dataclass(frozen=True)
@@ -139,18 +139,17 @@ def rivals(model: Model, base: Row) -> list[Row]:
 def _draws(row: Row, control: Row, column: Column, problems: dict[str, None]) -> dict[int, Estimate]:
     """The difference to each draw that has as many matrices of each type as its choice."""
     found: dict[int, Estimate] = {}
+    others = []
     for cell in control.usable:
-        alike = (
-            [other for other in row.usable if other.seed == cell.seed] if len(row.usable) > 1 else row.usable
-        )
-        if not alike:
-            continue
-        if _sizes(alike[0]) != _sizes(cell):
-            problems[f"{row.bits} {row.label}, seed {cell.seed}: {SIZES}"] = None
-            continue
-        pairs = paired_rows([cell], Row(row.label, (alike[0],)), [column], problems)
-        for estimate in over(pairs, [column]):
-            found[cell.seed] = estimate
+        alike = [one for one in row.usable if len(row.usable) == 1 or one.seed == cell.seed]
+        if alike and _sizes(alike[0]) != _sizes(cell):
+            others.append(str(cell.seed))
+        elif alike:
+            pairs = paired_rows([cell], Row(row.label, (alike[0],)), [column], problems)
+            for estimate in over(pairs, [column]):
+                found[cell.seed] = estimate
+    if others:
+        problems[f"{row.bits} {row.label}: {SIZES}, seeds {', '.join(others)}"] = None
     return found
 
 

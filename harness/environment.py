@@ -37,7 +37,7 @@ _PRESENTATION = {
         *("choose", "equal_bits", "parity", "parity_report", "agreement", "side_by_side", "odd_models"),
         *("speed", "speed_bench", "speed_matrix", "speed_passes", "speed_report", "speed_shapes"),
         *("speed_shares", "speed_targets", "speed_work", "power", "markdown", "cell_speed", "neighbours"),
-        *("beside", "published"),
+        *("beside", "published", "boosting", "boosting_report", "choices"),
     )
 } | {
     *("kernels/bench.py", "kernels/command.py", "kernels/contests.py", "kernels/timing.py"),

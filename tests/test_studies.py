@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from harness import stats
+from harness import boosting_report, stats
 from harness.archive import opened
 from harness.equal_bits import equal_bits_section
 from harness.gains import change_text, gains_section
+from harness.layers import correlations, published
 from harness.records import Model, models_of, read_run
 from methods.checkpoint import SHIPPED_MODELS
 
@@ -311,42 +312,95 @@ def test_what_the_papers_budgets_bring_is_what_the_docs_say(root: Path) -> None:
             assert said.format(*shown) in flat
 
 
-def boosting(root: Path, name: str, text: str) -> dict[str, list[list[str]]]:
-    """The tables of a report's section on boosting for one text, by the first words of their lines."""
-    report = (root / "reports" / name / "report.md").read_text()
-    section = report.partition("### More bits where they matter")[2].partition("\n### ")[0]
-    part = section.partition(f"#### On perplexity {text}")[2].partition("\n#### ")[0]
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines()]
+DEEP, DEFAULT = ".training/deep-adam/model", "smollm2-135m-instruct"
+
+
+def boosting(root: Path, model: str, text: str) -> dict[str, list[list[str]]]:
+    """The lines of the tables on one text in a model's part of reports/boost."""
+    report = (root / "reports" / "boost" / "report.md").read_text()
+    part = report.partition(f"\n## {model}\n")[2].partition("\n## ")[0]
+    part = part.partition(f"#### On perplexity {text}\n")[2].partition("\n#### ")[0]
     found: dict[str, list[list[str]]] = {"levels": [], "rows": [], "tests": []}
-    for line in lines:
-        if re.fullmatch(r"w\d(a16g\d+)?", line[0]):
-            found[{8: "levels", 4: "rows", 7: "tests"}[len(line)]].append(line)
+    for line in part.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if re.fullmatch(r"w\d(a16g\d+)?", cells[0]):
+            found[{8: "levels", 4: "rows", 7: "tests"}[len(cells)]].append(cells)
     return found
 
 
 @pytest.mark.parametrize(
-    ("name", "model", "texts"),
-    [("boost", "default †", ["wikipedia"]), ("boost-trained", "deep", ["wikipedia", "news"])],
+    ("model", "name", "texts"),
+    [(DEFAULT, "default †", ["wikipedia"]), (DEEP, "deep", ["wikipedia", "news"])],
 )
 def test_what_choosing_brings_is_what_the_docs_say(
-    root: Path, name: str, model: str, texts: list[str]
+    root: Path, model: str, name: str, texts: list[str]
 ) -> None:
     docs = (root / "docs" / "methods.md").read_text()
     for text in texts:
-        tests = boosting(root, name, text)["tests"]
+        tests = boosting(root, model, text)["tests"]
         assert len(tests) == 4
         for bits, method, _, draws, *rest in tests:
-            assert f"| {' | '.join([model, text, bits, method, draws, *rest])} |" in docs
+            assert f"| {' | '.join([name, text, bits, method, draws, *rest])} |" in docs
+            seen = float(rest[1].replace("<", "")) < 0.05
+            assert seen == (name == "default †" and bits == "w3")
 
 
-def test_what_else_the_bits_buy_is_what_the_docs_say(root: Path) -> None:
+@pytest.mark.parametrize(("model", "name"), [(DEFAULT, "default †"), (DEEP, "deep")])
+def test_what_else_the_bits_buy_is_what_the_docs_say(root: Path, model: str, name: str) -> None:
     docs = (root / "docs" / "methods.md").read_text()
-    for name, model in (("boost", "default †"), ("boost-trained", "deep")):
-        shown = 0
-        for line in boosting(root, name, "wikipedia")["levels"]:
-            bits, method, _, weight, _, packed, level, change = line
-            if f"| {model} | {bits} | {method} |" in docs:
-                shown += 1
-                cells = [model, bits, method, weight, packed, level, change or "–"]
-                assert f"| {' | '.join(cells)} |" in docs
-        assert shown >= 10
+    levels = boosting(root, model, "wikipedia")["levels"]
+    for bits, method, _, weight, _, packed, level, change in levels:
+        if bits in ("w3a16g128", "w4a16g128") and "stop=3" not in method:
+            assert f"| {' | '.join([name, bits, method, weight, packed, level, change or '–'])} |" in docs
+    best = {
+        method.split(" ")[0]: float(level)
+        for bits, method, *_, level, _ in levels
+        if bits == "w3a16g128" and "(" not in level
+    }
+    boosted = [
+        float(level)
+        for bits, method, *_, level, _ in levels
+        if bits.startswith("w3") and "boost" in method and "random" not in method
+    ]
+    assert best["gptq"] < min(boosted)
+    if name == "deep":
+        assert best["rtn"] < min(value for method, value in best.items() if "boost" in method)
+
+
+def test_the_headline_and_the_family_are_what_the_docs_say(root: Path) -> None:
+    flat = " ".join((root / "docs" / "methods.md").read_text().split())
+    report = (root / "reports" / "boost" / "report.md").read_text()
+    found = re.findall(
+        r"The same here, \S+ \(hqq\): (\S+ % \[.*?\]) for (\S+ %) of the linears' memory by formula and (\S+ %) "
+        r"packed, from a base of perplexity (\S+) where float has (\S+)\.\n",
+        report,
+    )
+    default, deep = found[0], found[1]
+    assert (
+        "`deep` {} for {} by the formula and {} packed, from a base of perplexity {} (float {})".format(*deep)
+        in flat
+    )
+    assert "the default model {} for {} and {}, from {} (float {})".format(*default) in flat
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in correlations(published()).splitlines()
+    ]
+    medians = {
+        line[0].replace(" (theirs)", ""): [cell.split(" ")[0] for cell in line[1:]] for line in lines[2:]
+    }
+    family = medians["Llama-2-13b-hf, Llama-2-7b-hf"]
+    across = [medians[f"{name}, Meta-Llama-3-8B"] for name in ("Llama-2-13b-hf", "Llama-2-7b-hf")]
+    depth = [medians[f"{name}, depth"] for name in ("Llama-2-13b-hf", "Llama-2-7b-hf")]
+    for said in (
+        f"correlate by {family[0]}, less than those of either with Llama-3 ({across[0][0]}, {across[1][0]})",
+        f"the number of the layer alone ({depth[0][0]}, {depth[1][0]})",
+        f"by {family[1]} within the family, {across[0][1]} and {across[1][1]} across",
+        f"of kurtosis {family[2]} within and {across[0][2]} and {across[1][2]} across",
+        f"its steps {family[3]}, {across[0][3]} and {across[1][3]}",
+    ):
+        assert said in flat
+
+
+def test_the_report_on_boosting_is_what_the_results_give(root: Path, tmp_path: Path) -> None:
+    runs = [root / "results" / "reference" / f"{name}.tar.xz" for name in ("boost", "boost-trained")]
+    assert boosting_report.report(runs, tmp_path) == (root / "reports" / "boost" / "report.md").read_text()

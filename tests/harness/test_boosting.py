@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import layers
+from harness import boosting_report, layers
 from harness.boosting import published_section
 from harness.config import GridConfig, cells_of
 from harness.layers import correlations, published, read_csv
@@ -140,7 +140,7 @@ def test_one_draw_has_no_spread_to_test_by(tmp_path: Path) -> None:
 
 def test_draws_of_another_size_are_no_control(tmp_path: Path) -> None:
     section = filled(tmp_path, 0.2, matrix="up_proj")
-    assert "seed 0: the draws have other numbers of matrices than the choice" in section
+    assert "draws with other numbers of matrices than the choice, seeds 0, 1, 2, 3, 4" in section
     assert "is open**" in section
 
 
@@ -258,3 +258,17 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "model, Llama-2-13b-hf (theirs)" in report and (tmp_path / "out" / "model.svg").is_file()
     assert layers.main([str(tmp_path / "nothing"), *arguments]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_studys_own_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    filled(tmp_path / "run", 0.2)
+    assert boosting_report.main([str(tmp_path / "run"), "--report", str(tmp_path / "study")]) == 0
+    text = (tmp_path / "study" / "report.md").read_text()
+    assert text.startswith("# Bits where they matter\n\nSensiBoost")
+    assert "## smollm2-135m-instruct\n" in text and "\\" not in text
+    assert text.count("#### Published by the authors") == 1
+    assert (tmp_path / "study" / "figures" / "smollm2-135m-instruct-depth.svg").is_file()
+    runs.write_cell(tmp_path / "plain", "float", "w16a16")
+    for bad in ("plain", "nothing"):
+        assert boosting_report.main([str(tmp_path / bad), "--report", str(tmp_path / "study")]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
