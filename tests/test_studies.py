@@ -352,16 +352,15 @@ def test_what_else_the_bits_buy_is_what_the_docs_say(root: Path, model: str, nam
     for bits, method, _, weight, _, packed, level, change in levels:
         if bits in ("w3a16g128", "w4a16g128") and "stop=3" not in method:
             assert f"| {' | '.join([name, bits, method, weight, packed, level, change or '–'])} |" in docs
-    best = {
-        method.split(" ")[0]: float(level)
-        for bits, method, *_, level, _ in levels
-        if bits == "w3a16g128" and "(" not in level
-    }
-    boosted = [
-        float(level)
-        for bits, method, *_, level, _ in levels
-        if bits.startswith("w3") and "boost" in method and "random" not in method
-    ]
+    best: dict[str, float] = {}
+    boosted = []
+    for bits, method, *_, level, _ in levels:
+        if "random" in method or not bits.startswith("w3"):
+            continue
+        if bits == "w3a16g128":
+            best[method.split(" ")[0]] = float(level)
+        if "boost" in method:
+            boosted.append(float(level))
     assert best["gptq"] < min(boosted)
     if name == "deep":
         assert best["rtn"] < min(value for method, value in best.items() if "boost" in method)
@@ -381,13 +380,10 @@ def test_the_headline_and_the_family_are_what_the_docs_say(root: Path) -> None:
         in flat
     )
     assert "the default model {} for {} and {}, from {} (float {})".format(*default) in flat
-    lines = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in correlations(published()).splitlines()
-    ]
-    medians = {
-        line[0].replace(" (theirs)", ""): [cell.split(" ")[0] for cell in line[1:]] for line in lines[2:]
-    }
+    medians = {}
+    for line in correlations(published()).splitlines()[2:]:
+        pair, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        medians[pair.replace(" (theirs)", "")] = [cell.split(" ")[0] for cell in cells]
     family = medians["Llama-2-13b-hf, Llama-2-7b-hf"]
     across = [medians[f"{name}, Meta-Llama-3-8B"] for name in ("Llama-2-13b-hf", "Llama-2-7b-hf")]
     depth = [medians[f"{name}, depth"] for name in ("Llama-2-13b-hf", "Llama-2-7b-hf")]
