@@ -370,8 +370,8 @@ def test_the_headline_and_the_family_are_what_the_docs_say(root: Path) -> None:
     flat = " ".join((root / "docs" / "methods.md").read_text().split())
     report = (root / "reports" / "boost" / "report.md").read_text()
     found = re.findall(
-        r"The same here, \S+ \(hqq\): (\S+ % \[.*?\]) for (\S+ %) of the linears' memory by formula and (\S+ %) "
-        r"packed, from a base of perplexity (\S+) where float has (\S+)\.\n",
+        r"The same here, \S+ \(hqq\): (\S+ % \[.*?\]) for (\S+ %) of the linears' memory by formula "
+        r"and (\S+ %) packed, from a base of perplexity (\S+) where float has (\S+)\.\n",
         report,
     )
     default, deep = found[0], found[1]
