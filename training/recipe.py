@@ -75,7 +75,7 @@ SHAPES = {
 }
 """twin: what ships. study: what recipes are compared on, as deep as larger models, since outliers gather over
 layers, and a choice of layers for more bits needs some to choose from. deep: as deep, and narrow enough for
-an hour on a CPU. osp-1.4b: the paper's, for timing."""
+a CPU. osp-1.4b: the paper's, for timing."""
 
 
 @dataclass(frozen=True)
