@@ -48,17 +48,19 @@ HEADLINE = ("sensiboost", 3, 128, 3)
 LEVELS = """\
 Each width's first row is the base of those under it, the rounding alone with the same groups and scales, \
 and Δ is the difference of log-perplexity to it over the same passages (below zero is better, 0.01 is 1 % \
-of perplexity; 95 % intervals). Draws: the mean, and the best and worst, of as many matrices of each type \
-drawn at random. Memory is that of the quantised linears: by formula (bits, and 16 for a scale or a \
-fractional zero-point, or 8 where those are quantised) and of the bytes that they held once packed, which \
-counts float32 scales, padding, and scales that groups across outputs repeat (–: not on record)."""
+of perplexity; 95 % intervals). Draws: the mean, and the best and worst, of as many matrices of each type, \
+drawn at random from those that do not stand out, the last layer left out, as the authors do. Memory is \
+that of the quantised linears: by formula (bits, and 16 for a scale or a fractional zero-point, or 8 where \
+those are quantised) and of the bytes that they held once packed, which counts float32 scales, padding, \
+and scales that groups across outputs repeat (–: not on record)."""
 CHOOSING = """\
 Choice - draws is what choosing adds; below zero is better. The choice is one set of matrices, so it is \
 held against the spread of the draws, as one more of them would be, and not against the precision of their \
 mean. All rows of one method share the choice, and those of one seed the draw: they are no replications of \
 each other, so the tests are those of the second table, where each draw's differences are averaged over a \
-method's rows of one width first; p is corrected for all of its lines (Holm). Detectable: the smallest \
-true effect that such a test would see in 80 % of runs."""
+method's rows of one width first (and their spread is taken as no smaller than if the rows' draws were \
+independent); p is corrected for all of its lines (Holm). Detectable: the smallest true effect that such a \
+test would see in 80 % of runs."""
 PUBLISHED_NOTE = """\
 Theirs, not measured here: from the authors' repository (methods/published/boost.json), on their models by \
 their protocol. Change of WikiText-2 perplexity against HQQ of the same budget in percent, for 2 and 3 \
@@ -103,7 +105,8 @@ def boosting_section(model: Model, figures: Path, stem: str) -> list[str]:
     ]
     if empty:
         text.append(f"No layer stood out, so nothing was boosted: {plain('; '.join(empty))}.")
-    text += flag_notes(model.record, {flag for row in rows for flag in flags_of(model.record, row)})
+    shown = [*rows, *(other for row in model.rows if not row.first.is_float for other in rivals(model, row))]
+    text += flag_notes(model.record, {flag for row in shown for flag in flags_of(model.record, row)})
     return [*filter(None, text), *_figure(model, rows, figures, stem), *published_section()]
 
 
@@ -119,8 +122,9 @@ def _levels(model: Model, column: Column, choices: Sequence[Choice], problems: d
         for choice in own:
             total = sum(some["count"] for some in planned(choice.row.first))
             boosted = f"{len(boosted_linears(choice.row.first))} of {total}"
-            lines.append(_level(model, column, choice.row, boosted, choice.to_base))
-            if choice.control is not None and boosted_linears(choice.row.first):
+            chosen = bool(boosted_linears(choice.row.first))
+            lines.append(_level(model, column, choice.row, boosted, choice.to_base if chosen else None))
+            if choice.control is not None and chosen:
                 lines.append(_level(model, column, choice.control, boosted, choice.control_to_base))
     head = ["bits", "method", "boosted", "bits / weight", "formula (MiB)", "packed (MiB)", column.title]
     return table([*head, "Δ to base [95 %]"], lines)
@@ -232,6 +236,11 @@ def _headline(model: Model, column: Column, choices: Sequence[Choice]) -> str:
             f"{_more(choice.base, choice.row, 'computed')} of the linears' memory by formula and "
             f"{_more(choice.base, choice.row, 'packed')} packed, from a base of perplexity "
             f"{' where float has '.join(far)}."
+            + (
+                ""
+                if choice.draws
+                else " There are no draws of its size, so whether its choice matters is open."
+            )
         )
     return ""
 
@@ -335,7 +344,8 @@ def _sizes(row: Row, how: str) -> list[float]:
 
 def _mebibytes(row: Row, how: str) -> str:
     sizes = _sizes(row, how)
-    return f"{sum(sizes) / len(sizes) / MEBIBYTE:.2f}" if sizes else "–"
+    size = sum(sizes) / len(sizes) / MEBIBYTE if sizes else math.nan
+    return f"{size:.2f}" if size >= 10 else f"{size:.4f}" if sizes else "–"
 
 
 def _more(base: Row, row: Row, how: str) -> str:

@@ -27,8 +27,8 @@ HEAD = """\
 # Bits where they matter
 
 SensiBoost and KurtBoost against their base, against other roundings and against random choices of matrices. \
-`†`: a checkpoint whose weights had been rounded before; its rows say nothing about weight-only methods on \
-others."""
+`†`, `‡`: a checkpoint whose weights had been rounded before; its rows say nothing about weight-only methods \
+on others."""
 
 
 def report(runs: Sequence[Path], folder: Path) -> str:
@@ -44,7 +44,7 @@ def report(runs: Sequence[Path], folder: Path) -> str:
             for model, section in zip(models, sections, strict=True):
                 text += [f"## {plain(model.record['name'])}", _setting(path, model)]
                 text += [block for block in section[1:] if block not in theirs]
-    return "\n\n".join([*text, *theirs]) + "\n"
+    return "\n\n".join([*text, "## Published by the authors", *theirs[1:]]) + "\n"
 
 
 def _stem(model: Model) -> str:

@@ -93,6 +93,9 @@ def choices_of(model: Model, column: Column, problems: dict[str, None]) -> list[
             continue
         control = next((other for other in rows if is_control(other) and _same_choice(other, row)), None)
         draws = {} if control is None else _draws(row, control, column, problems)
+        if control is not None:  # of its cells, those of the choice's size
+            same = tuple(cell for cell in control.usable if cell.seed in draws)
+            control = Row(control.label, same) if same else None
         found.append(Choice(row, base, control, difference(base, row), difference(base, control), draws))
     return found
 
@@ -111,7 +114,10 @@ def pooled(choices: Sequence[Choice]) -> list[Pooled]:
         estimates = [
             Estimate(mean.over.value, mean.sampling, df) for mean, df in zip(means, dfs, strict=True)
         ]
-        difference = inference.as_one_more(estimates)
+        # Rows share their draws, whose effects add up; where these cancel in a mean, it is by chance.
+        apart = [[member.draws[seed] for seed in seeds] for member in members] if len(seeds) > 1 else []
+        least = math.hypot(*(inference.spread(row).sd for row in apart)) / len(members)
+        difference = inference.as_one_more(estimates, least)
         if difference is not None:
             found.append(Pooled(method, bits, tuple(members), len(seeds), difference))
     adjusted = inference.holm([one.difference.p_value() for one in found])

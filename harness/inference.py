@@ -57,14 +57,15 @@ def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(found.over.value, math.sqrt(sum(variances)), df)
 
 
-def as_one_more(estimates: Sequence[Estimate]) -> Estimate | None:
+def as_one_more(estimates: Sequence[Estimate], least_sd: float = 0.0) -> Estimate | None:
     """Mean difference of one value to n random draws, each of `estimates` the difference to a draw; its
     error is that of a value which is itself one more draw (sd sqrt(1 + 1/n), t with n - 1 degrees of
-    freedom), joined with the documents'. None for fewer than two draws, which have no spread."""
+    freedom), joined with the documents'. None for fewer than two draws, which have no spread. least_sd: below
+    which the spread of the draws is taken for chance."""
     if len(estimates) < 2:
         return None
     found = spread(estimates)
-    variances = [found.sampling**2, found.sd**2 * (1 + 1 / found.seeds)]
+    variances = [found.sampling**2, max(found.sd, least_sd) ** 2 * (1 + 1 / found.seeds)]
     df = _satterthwaite(variances, [min(estimate.df for estimate in estimates), found.over.df])
     return Estimate(found.over.value, math.sqrt(sum(variances)), df)
 

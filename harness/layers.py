@@ -55,7 +55,7 @@ Spearman's rank correlation of the values along depth, matrix type by matrix typ
 read at the relative depths of the other; types that share their values, as those of one part share its \
 sensitivity, count once): the median of the types and the range. 1: layers stand in the same order in both \
 models. What grows with depth in every model is alike for that alone: the rows named `depth` correlate a \
-model's values with the number of the layer, and `its steps` correlates the changes from layer to layer \
+model's values with the number of the layer, and the steps correlate the changes from layer to layer \
 (quotients of sensitivities, differences of kurtosis), which is what layers are chosen by. `theirs`: \
 measured by the authors of SensiBoost and KurtBoost, who claim that the pattern is the same within a \
 family of models; it would have to correlate more between two Llama-2 models than with Llama-3, and in its \
@@ -127,7 +127,13 @@ def correlations(models: Sequence[LayerValues]) -> str:
             pairs = _distinct([(list(values), list(range(len(values)))) for values in layers.values()])
             line += [_median_between([rank_correlation(*pair) for pair in pairs]), "–"]
         lines.append(line)
-    head = ["model", "activation sensitivity", "its steps", "kurtosis of weights", "its steps "]
+    head = [
+        "model",
+        "activation sensitivity",
+        "steps of sensitivity",
+        "kurtosis of weights",
+        "steps of kurtosis",
+    ]
     return table(head, lines)
 
 

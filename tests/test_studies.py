@@ -371,7 +371,7 @@ def test_the_headline_and_the_family_are_what_the_docs_say(root: Path) -> None:
     report = (root / "reports" / "boost" / "report.md").read_text()
     found = re.findall(
         r"The same here, \S+ \(hqq\): (\S+ % \[.*?\]) for (\S+ %) of the linears' memory by formula "
-        r"and (\S+ %) packed, from a base of perplexity (\S+) where float has (\S+)\.\n",
+        r"and (\S+ %) packed, from a base of perplexity (\S+) where float has (\d[\d.]*\d)\.",
         report,
     )
     default, deep = found[0], found[1]
@@ -379,6 +379,7 @@ def test_the_headline_and_the_family_are_what_the_docs_say(root: Path) -> None:
         "`deep` {} for {} by the formula and {} packed, from a base of perplexity {} (float {})".format(*deep)
         in flat
     )
+    assert f"On news `deep` has {found[2][0]}." in flat
     assert "the default model {} for {} and {}, from {} (float {})".format(*default) in flat
     medians = {}
     for line in correlations(published()).splitlines()[2:]:

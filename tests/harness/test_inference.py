@@ -79,6 +79,14 @@ def test_a_value_like_its_draws_is_rarely_told_from_them(sampling: float) -> Non
         assert np.mean(np.array(naive) < 0.05) > 0.25
 
 
+def test_draws_that_agree_by_chance_keep_the_least_spread() -> None:
+    alike = [Estimate(-1.0, 0.1)] * 5
+    free, held = inference.as_one_more(alike), inference.as_one_more(alike, least_sd=1.0)
+    assert free is not None and free.stderr == pytest.approx(0.1)
+    assert held is not None and held.stderr == pytest.approx(math.sqrt(0.01 + 1.2))
+    assert held.value == free.value == -1.0
+
+
 def test_one_draw_tells_nothing() -> None:
     assert inference.as_one_more([Estimate(1.0, 0.1)]) is None
 
