@@ -78,12 +78,14 @@ def boosting_section(model: Model, figures: Path, stem: str) -> list[str]:
         return []
     problems: dict[str, None] = {}
     compared: set[str] = set()
+    shown = list(rows)
     text = ["### More bits where they matter"]
     explained = False
     for column in model.perplexities:
         choices = choices_of(model, column, problems)
         if not choices:
             continue
+        shown += [row for base in {choice.base for choice in choices} for row in (base, *rivals(model, base))]
         compared |= {f"{choice.row.bits} {choice.row.label}" for choice in choices}
         tests = pooled(choices)
         text += [f"#### On {column.title}", _levels(model, column, choices, problems)]
@@ -105,7 +107,6 @@ def boosting_section(model: Model, figures: Path, stem: str) -> list[str]:
     ]
     if empty:
         text.append(f"No layer stood out, so nothing was boosted: {plain('; '.join(empty))}.")
-    shown = [*rows, *(other for row in model.rows if not row.first.is_float for other in rivals(model, row))]
     text += flag_notes(model.record, {flag for row in shown for flag in flags_of(model.record, row)})
     return [*filter(None, text), *_figure(model, rows, figures, stem), *published_section()]
 
