@@ -162,13 +162,13 @@ def of_matrices(parts: Layers, *, own_output: bool) -> Layers:
     }
 
 
-@torch.no_grad()
 def grouped_queries(model: Decoder) -> bool:
     """Whether v_proj and o_proj differ in shape: o_proj then goes by the sensitivity of q, k and v."""
     shapes = {name: linear.shape for name, linear in model.linears()}
     return shapes["layers.0.self_attn.v_proj"] != shapes["layers.0.self_attn.o_proj"]
 
 
+@torch.no_grad()
 def weight_kurtosis(model: Decoder, ctx: Context) -> Layers:
     """Pearson kurtosis (4th standardised moment, 3 for a Gaussian; biased) of every matrix's weights, in
     float64, one block at a time on `ctx.device`."""

@@ -213,14 +213,16 @@ def test_measured_memory_is_what_the_layout_says(checkpoints: dict[str, Checkpoi
     assert found.rest.measured == 4 * (others + norms)
 
 
+@pytest.mark.parametrize("method", ["rtn", "quad:rank=2;rounding=rtn"])
 def test_memory_does_not_depend_on_the_execution_where_it_is_computed(
-    checkpoints: dict[str, Checkpoint],
+    checkpoints: dict[str, Checkpoint], method: str
 ) -> None:
     found = [
         memory(result.decoder, result.plan)
         for execution in ("simulate", "int4")
-        for result in [run(checkpoints["llama-biases"], "rtn", "w4a4kv4", execution=execution)]
+        for result in [run(checkpoints["llama-biases"], method, "w4a4kv4", execution=execution)]
     ]
+    assert found[0].packed == found[1].packed == found[1].linears.measured
     for part in ("linears", "rest", "kv_token"):
         assert getattr(found[0], part).computed == getattr(found[1], part).computed
     assert found[0].linears.measured > 8 * found[1].linears.measured
