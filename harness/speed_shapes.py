@@ -116,6 +116,9 @@ ONLINE = {
             scaling=True,
             static=True,
         ),
+        Online("fptquant-scaling", "of FPTQuant's the residual scale per token alone", scaling=True),
+        Online("fptquant-hadamard", "of FPTQuant's R4 in blocks alone", hidden=True),
+        Online("fptquant-static", "of FPTQuant's the static ranges alone", static=True),
     )
 }
 

@@ -18,6 +18,9 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ from training import overhead, tables, tokens
 from training.recipe import RECIPES, SHAPES, Rates, Settings, settings_of
 from training.tokens import Data
 from training.train import add_settings, chosen_rates, read_json
-from training.trainer import LOG, MODEL, PROBES, RUN, Place, Trainer, read_lines
+from training.trainer import LOG, MODEL, PROBES, RUN, NotFiniteError, Place, Trainer, read_lines
 
 RUNS = (
     *(("adam", 0), ("osp", 0), ("muon", 0), ("muon+ssnorm", 0), ("muon+embproj", 0)),
@@ -60,44 +63,63 @@ def settings(arguments: argparse.Namespace, recipe: str, seed: int, count: float
 
 def choose_rates(arguments: argparse.Namespace, data: Data, device: torch.device, command: str) -> None:
     """Shorter runs of adam, then of muon with adam's best rate for embedding and head; the lowest loss on
-    tuning text wins, which is no text of any evaluation. Writes rates.json.
+    tuning text wins, which is no text of any evaluation. `--beside` of them run side by side. Writes
+    rates.json.
 
     Not too short: after a hundred steps of Adam the lowest rates lead, and of Muon rates at which a whole run
     does not converge."""
     tried: list[dict[str, Any]] = []
     best: dict[str, float] = {}
     for recipe in ("adam", "muon"):
-        losses = {}
-        for rate in arguments.tried:
-            rates = Rates(adam=rate) if recipe == "adam" else Rates(best["adam"], rate, best["adam"])
-            one = settings(arguments, recipe, 0, arguments.tokens, rates)
-            one = dataclasses.replace(one, probes=1, saves=1)
-            folder = arguments.out / "rates" / f"{recipe}-{rate:g}"
-            trainer = Trainer(one, data, folder, Place(device), command, _say)
-            begun = time.perf_counter()
-            try:
-                trainer.train()
-                losses[rate] = trainer.held_out_loss("tuning")
-            except UserError as error:  # a rate too high
-                _say(str(error))
-                losses[rate] = float("inf")
-            speed = [line["tokens_per_second"] for line in read_lines(folder / LOG)]
-            line = {
-                "recipe": recipe,
-                "rate": rate,
-                "tuning": losses[rate] if math.isfinite(losses[rate]) else None,
-                "steps": one.steps,
-                "tokens": one.tokens,
-                "seconds": time.perf_counter() - begun,
-                "tokens_per_second": sorted(speed)[len(speed) // 2] if speed else 0.0,
-            }
-            tried.append(line)
-            _say(json.dumps(line))
-        best[recipe] = min(losses, key=lambda rate: losses[rate])
+        every = [
+            Rates(adam=rate) if recipe == "adam" else Rates(best["adam"], rate, best["adam"])
+            for rate in arguments.tried
+        ]
+        short = [settings(arguments, recipe, 0, arguments.tokens, rates) for rates in every]
+        trials = [dataclasses.replace(one, probes=1, saves=1) for one in short]
+        trial = partial(_try, data=data.folder, out=arguments.out, device=device, command=command)
+        if arguments.beside == 1:
+            found = [trial(one) for one in trials]
+        else:
+            with ProcessPoolExecutor(
+                arguments.beside, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)
+            ) as pool:
+                found = list(pool.map(trial, trials))
+        tried += found
+        finite = [line for line in found if line["tuning"] is not None]
+        if not finite:
+            raise UserError(f"{recipe}: no rate of {arguments.tried} converges: give lower ones (--tried)")
+        best[recipe] = min(finite, key=lambda line: line["tuning"])["rate"]
     chosen = {"adam": best["adam"], "muon": best["muon"], "embedding": best["adam"]}
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / RATES, {"command": command, "chosen": chosen, "tried": tried})
     _say(f"chosen: {json.dumps(chosen)}")
+
+
+def _try(one: Settings, *, data: Path, out: Path, device: torch.device, command: str) -> dict[str, Any]:
+    """One short run, what rates.json says of it; `tuning` is None where the loss ended in no number."""
+    rate = one.rates.adam if one.recipe == "adam" else one.rates.muon
+    folder = out / "rates" / f"{one.recipe}-{rate:g}"
+    begun = time.perf_counter()
+    tuning = None
+    try:
+        trainer = Trainer(one, tokens.read(data), folder, Place(device), command, _say)
+        trainer.train()
+        tuning = trainer.held_out_loss("tuning")
+    except NotFiniteError as error:
+        _say(str(error))
+    speed = [line["tokens_per_second"] for line in read_lines(folder / LOG)]
+    line = {
+        "recipe": one.recipe,
+        "rate": rate,
+        "tuning": tuning if tuning is not None and math.isfinite(tuning) else None,
+        "steps": one.steps,
+        "tokens": one.tokens,
+        "seconds": time.perf_counter() - begun,
+        "tokens_per_second": sorted(speed)[len(speed) // 2] if speed else 0.0,
+    }
+    _say(json.dumps(line))
+    return line
 
 
 def run_all(arguments: argparse.Namespace, data: Data, device: torch.device, command: str) -> bool:
@@ -219,6 +241,7 @@ def parser() -> argparse.ArgumentParser:
             one.set_defaults(shape="osp-1.4b" if name == "overhead" else "study")
         if name == "rates":
             one.add_argument("--tried", nargs="+", type=float, default=TRIED, metavar="RATE")
+            one.add_argument("--beside", type=int, default=1, metavar="N", help="so many at a time")
         if name == "tables":
             one.add_argument("--windows", type=int, default=62, metavar="N", help="of each text")
         if name == "overhead":

@@ -47,6 +47,10 @@ LOGGED = 200
 Say = Callable[[str], None]
 
 
+class NotFiniteError(UserError):
+    """The loss is no number any more: the rates are too high."""
+
+
 @dataclass(frozen=True)
 class Place:
     """The process: its device, its number and how many there are."""
@@ -210,7 +214,9 @@ class Trainer:
             mean = mean if self.cuda else mean / self.place.world
         loss = float(mean)  # waits for the device
         if not loss < float("inf"):
-            raise UserError(f"{self.folder}: the loss is not finite at step {self.step}: lower the rates")
+            raise NotFiniteError(
+                f"{self.folder}: the loss is not finite at step {self.step}: lower the rates"
+            )
         seconds = time.perf_counter() - begun
         done = (self.step - first) * self.settings.batch * self.settings.length
         line = {

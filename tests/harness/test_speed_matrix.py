@@ -84,7 +84,10 @@ def test_overheads_compare_all_online_parts_of_each_integer_form(record: dict[st
         (form, phase, online)
         for phase in ("decode", "prefill")
         for form in ("w4a8kv8", "w4a4kv4")
-        for online in ("none", "quarot", "quad", "fptquant")
+        for online in (
+            *("none", "quarot", "quad", "fptquant"),
+            *("fptquant-scaling", "fptquant-hadamard", "fptquant-static"),
+        )
     ]
     assert all(row["reason"] is None for row in record["overhead"])
 

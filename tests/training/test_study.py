@@ -12,12 +12,12 @@ import pytest
 import torch
 import transformers
 
-from methods.errors import NotApplicableError
+from methods.errors import NotApplicableError, UserError
 from tests.training import small_data
 from training import overhead, study, tables
 from training.recipe import SHAPES, Rates
 from training.tokens import Data
-from training.trainer import MODEL, Trainer
+from training.trainer import MODEL, NotFiniteError, Trainer
 
 SHARED = ("--shape", "twin", "--batch", "4", "--length", "32", "--precision", "fp32")
 
@@ -46,6 +46,10 @@ def test_the_whole_study(data: Data, tmp_path: Path, capsys: pytest.CaptureFixtu
     rates = json.loads((out / study.RATES).read_text())
     assert rates["chosen"] == {"adam": 0.01, "muon": 0.01, "embedding": 0.01}
     assert [line["recipe"] for line in rates["tried"]] == ["adam"] * 3 + ["muon"] * 3
+    beside = ("--out", tmp_path / "beside", *shared[2:])
+    assert give("rates", *beside, "--tokens", 2560, "--tried", 1e-5, 1e-2, 0.9, "--beside", 2) == 0
+    again = json.loads((tmp_path / "beside" / study.RATES).read_text())
+    assert [line["tuning"] for line in again["tried"]] == [line["tuning"] for line in rates["tried"]]
     runs = ("--runs", "adam", "osp:1")
     assert give("run", *shared, *runs, "--tokens", 1280, "--limit", 0) == 0
     assert not (out / "adam-0").exists()
@@ -72,6 +76,17 @@ def test_the_whole_study(data: Data, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [step["recipe"] for step in whole["overhead"]["steps"]] == ["adam", "muon", "osp"]
     assert whole["tables"]["models"] == found
     assert whole["data"]["vocabulary"] == data.vocabulary
+
+
+def test_rates_that_do_not_converge(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shared = ("--out", tmp_path, "--data", data.folder, *SHARED, "--tokens", 1280)
+    diverged = NotFiniteError("the loss is not finite")
+    with mock.patch.object(Trainer, "train", side_effect=diverged):
+        assert give("rates", *shared, "--tried", 0.1, 0.2) == 2
+    assert "adam: no rate of [0.1, 0.2] converges" in capsys.readouterr().err
+    with mock.patch.object(Trainer, "train", side_effect=UserError("the disk is full")):
+        assert give("rates", *shared, "--tried", 0.1) == 2
+    assert "the disk is full" in capsys.readouterr().err, "no other fault is taken for a rate too high"
 
 
 def test_likelihoods_are_those_of_transformers(data: Data, tmp_path: Path) -> None:

@@ -41,12 +41,12 @@ def give(root: Path, folder: Path, *arguments: str, failing: str = "nothing") ->
 
 
 def test_every_command_in_its_order(root: Path, tmp_path: Path) -> None:
-    arguments = ("cpu cuda:1", "data", str(tmp_path / "out"), "80e6", "--compile")
+    arguments = ("cpu cuda:1", "data", str(tmp_path / "out"), "80e6", "--compile", "--micro", "16")
     status, given, _ = give(root, tmp_path, *arguments)
     assert status == 0
     parsed = [parser().parse_args(shlex.split(line)) for line in given]
     assert [one.what for one in parsed[:1] + parsed[-2:]] == ["rates", "overhead", "collect"]
-    assert parsed[0].tokens == 20e6 and parsed[0].compile
+    assert parsed[0].tokens == 20e6 and parsed[0].compile and parsed[0].beside == 5
     for what in ("run", "tables"):
         named = [(one.runs[0], one.device) for one in parsed if one.what == what]
         assert sorted(run for run, _ in named) == sorted(RUNS)
@@ -54,7 +54,7 @@ def test_every_command_in_its_order(root: Path, tmp_path: Path) -> None:
     for run in RUNS:
         order = [one.what for one in parsed if one.what in ("run", "tables") and one.runs == [run]]
         assert order == ["run", "tables"]
-    assert (parsed[-2].shape, parsed[-2].compile) == ("osp-1.4b", True)
+    assert (parsed[-2].shape, parsed[-2].micro, parsed[-2].compile) == ("osp-1.4b", 4, True)
     assert parsed[-1].to == tmp_path / "out" / "study.json"
     _, again, _ = give(root, tmp_path, *arguments)
     assert [line.split()[0] for line in again].count("rates") == 0, "what is done is not done again"
