@@ -20,14 +20,14 @@ FILTERED = 6
 LONG = 60
 """Characters of a cell from which on it breaks into lines."""
 PAGE_COLOURS = {
-    "#000000": "currentColor",
-    "#ffffff": "var(--page)",
-    "#555555": "var(--faint)",
-    "#777777": "var(--faint)",
-    "#dddddd": "var(--line)",
-    "#cccccc": "var(--line)",
+    "#000": "currentColor",
+    "#fff": "var(--page)",
+    "#555": "var(--faint)",
+    "#777": "var(--faint)",
+    "#ddd": "var(--line)",
+    "#ccc": "var(--line)",
 }
-"""Colours of figures that follow the page's; those of methods and of cells do not."""
+"""Colours of figures, as kernels/svg.py writes them, that follow the page's; those of methods do not."""
 _NUMBER = re.compile(r"[<~]?\s*([+\-−]?[\d,]*\.?\d+(?:e[+-]?\d+)?)(?![\w.]*[A-Za-z])")
 _INLINE = re.compile(r"`([^`]+)`|\*\*(\S(?:.*?\S)?)\*\*|\*(\S(?:.*?\S)?)\*|\[([^\]]+)\]\(([^)\s]+)\)")
 
@@ -141,7 +141,7 @@ def inline_svg(text: str, prefix: str, alt: str) -> str:
     text = re.sub(r'\s*<defs>\s*<style type="text/css">.*?</style>\s*</defs>', "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{prefix}', text)
     text = re.sub(r'(href="|url\()#', rf"\1#{prefix}", text)
-    text = re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda found: PAGE_COLOURS.get(found[0], found[0]), text)
+    text = re.sub(r"(?<=:)#[0-9a-f]{3,6}\b", lambda found: PAGE_COLOURS.get(found[0], found[0]), text)
     size = re.search(r'width="([\d.]+)pt" height="[\d.]+pt"', text)
     if size is None:
         raise ValueError(f"a figure without a size: {alt}")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
+from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from xml.etree.ElementTree import Element
 
     from matplotlib.figure import Figure
@@ -33,6 +35,7 @@ _OWN = ("stroke-linejoin", "stroke-linecap")
 """What matplotlib's style sheet says of each element by itself, so that none takes it from its group."""
 _REFERENCE = re.compile(r"(^|url\()#([^\s)]+)")
 _SHIFT = re.compile(r"translate\(([^\s)]+) ([^\s)]+)\)")
+_COLOUR = re.compile(r"#([0-9a-f])\1([0-9a-f])\2([0-9a-f])\3(?![0-9a-f])")
 _STEP = re.compile(r"([A-DF-Za-df-z])([^A-DF-Za-df-z]*)")  # an e is part of a number
 
 
@@ -68,8 +71,11 @@ def smaller(text: str) -> str:
             _round(each, FINER if each in markers else DECIMALS)
     _letters(root)
     _gather(root)
+    for each in root.iter():
+        _dress(each, _style(each))
+    for each in root.iter(_USE):
+        each.attrib = {"href": each.attrib.pop(_HREF), **each.attrib}
     ElementTree.register_namespace("", _SVG)
-    ElementTree.register_namespace("xlink", _LINK)
     return ElementTree.tostring(root, encoding="unicode").replace(" />", "/>") + "\n"
 
 
@@ -81,10 +87,16 @@ def _rename(root: Element) -> None:
     for each in root.iter():
         name = each.attrib.pop("id", "")
         if name in used:
-            each.attrib = {"id": names.setdefault(name, f"i{len(names)}"), **each.attrib}
+            each.attrib = {"id": names.setdefault(name, _id(len(names))), **each.attrib}
     for each in root.iter():
         for key, value in each.items():
             each.set(key, _REFERENCE.sub(lambda found: f"{found[1]}#{names.get(found[2], found[2])}", value))
+
+
+def _id(number: int) -> str:
+    """a to z, then aa, ab and so on."""
+    first, last = divmod(number, len(ascii_lowercase))
+    return (_id(first - 1) if first else "") + ascii_lowercase[last]
 
 
 def _round(element: Element, decimals: int) -> None:
@@ -109,35 +121,79 @@ def _round(element: Element, decimals: int) -> None:
 
 
 def _letters(root: Element) -> None:
-    """Words by themselves say no more than where they differ from the others and from what is usual."""
+    """Words by themselves say no more than where they differ from most, which the whole figure says."""
     words = [each for each in root.iter(_TEXT) if "font-family" in _style(each)]
-    families = {_style(each)["font-family"] for each in words}
-    for each in words:
-        style = _style(each)
-        if len(families) == 1:
-            del style["font-family"]
-        if style.get("text-anchor") == "start":
-            del style["text-anchor"]
-        _dress(each, style)
+    for key in ("font-family", "font-size", "text-anchor"):
+        said = Counter(_style(each).get(key, "start") for each in words)
+        most = max(said, key=lambda value: said[value], default=None)
+        if most is None:
+            continue
+        root.set(key, most)
+        for each in words:
+            style = {key: "start", **_style(each)} if key == "text-anchor" else _style(each)
+            _dress(each, {name: value for name, value in style.items() if (name, value) != (key, most)})
+    for each in root.iter(_TEXT):
+        if each not in words and root.get("text-anchor") != "start":  # a formula's letters have places
+            _dress(each, {"text-anchor": "start", **_style(each)})
         if each.get("transform", "").startswith("rotate(-0 "):
             del each.attrib["transform"]
-    if len(families) == 1:
-        root.set("font-family", families.pop())
 
 
 def _path(text: str, decimals: int) -> str:
-    """A path without the letters that repeat: after a line comes a line, after a move, too."""
-    parts, implied = [], ""
-    for letter, numbers in _STEP.findall(text):
-        values = " ".join(_number(number, decimals) for number in numbers.split())
-        parts.append(f" {values}" if letter == implied and values else letter + values)
-        implied = {"M": "L", "m": "l"}.get(letter, letter)
-    return "".join(parts)
+    """A path of lines as steps from point to point, which take fewer letters than places; one with curves as
+    it is, but rounded."""
+    steps = [
+        (letter, [float(number) for number in numbers.split()]) for letter, numbers in _STEP.findall(text)
+    ]
+    if any(letter not in "MLz" for letter, _ in steps):
+        return "".join(
+            letter + _joined(_number(f"{number}", decimals) for number in numbers)
+            for letter, numbers in steps
+        )
+    parts: list[tuple[str, list[str]]] = []
+    unit = 10**decimals
+    start = here = (0, 0)
+
+    def step(*by: int) -> list[str]:
+        return [_number(f"{each / unit}", decimals) for each in by]
+
+    for letter, numbers in steps:
+        if letter == "z":
+            parts.append(("z", []))
+            here = start
+        for place, point in enumerate(zip(numbers[::2], numbers[1::2], strict=True)):
+            x, y = (round(value * unit) for value in point)
+            if letter == "M" and place == 0:
+                parts.append(("M", step(x, y)))
+                start = here = (x, y)
+                continue
+            right, down = x - here[0], y - here[1]
+            way, by = (
+                ("h", step(right))
+                if not down
+                else ("v", step(down))
+                if not right
+                else ("l", step(right, down))
+            )
+            if parts and parts[-1][0] == way:
+                parts[-1][1].extend(by)
+            else:
+                parts.append((way, by))
+            here = (x, y)
+    return "".join(letter + _joined(numbers) for letter, numbers in parts)
+
+
+def _joined(numbers: Iterable[str]) -> str:
+    """Numbers with spaces where there must be some: a sign parts two by itself."""
+    return " ".join(numbers).replace(" -", "-")
 
 
 def _number(text: str, decimals: int) -> str:
-    short = f"{float(text):.{decimals}f}".rstrip("0").rstrip(".")
-    return "0" if short == "-0" else short
+    short = f"{float(text):.{decimals}f}"
+    short = short.rstrip("0").rstrip(".") if "." in short else short
+    return (
+        "0" if short == "-0" else short.replace("0.", ".", 1) if short.lstrip("-").startswith("0.") else short
+    )
 
 
 def _gather(element: Element) -> None:
@@ -180,4 +236,5 @@ def _style(element: Element) -> dict[str, str]:
 def _dress(element: Element, style: Mapping[str, str]) -> None:
     element.attrib.pop("style", None)
     if style:
-        element.set("style", "; ".join(f"{key}: {value}" for key, value in style.items()))
+        short = ((key, _COLOUR.sub(r"#\1\2\3", value)) for key, value in style.items())
+        element.set("style", ";".join(f"{key}:{value}" for key, value in short))

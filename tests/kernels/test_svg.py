@@ -18,8 +18,14 @@ from numpy.typing import NDArray
 from kernels import svg
 
 SVG, LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
-SIZES = {"M": 2, "L": 2, "Q": 4, "C": 6, "z": 0}
+SIZES = {"M": 2, "L": 2, "Q": 4, "C": 6, "z": 0, "l": 2, "h": 1, "v": 1}
+STEPS: dict[str, Callable[..., list[float]]] = {
+    "l": lambda right, down: [right, down],
+    "h": lambda right: [right, 0.0],
+    "v": lambda down: [0.0, down],
+}
 SHAPES = ("path", "text")
+HANDED = ("font-family", "font-size", "text-anchor")
 Shape = tuple[str, dict[str, str], list[str], NDArray[np.float64]]
 
 
@@ -68,7 +74,9 @@ def raw(figure: Figure) -> str:
 
 
 def style(element: Element) -> dict[str, str]:
-    return dict(re.findall(r"([\w-]+): ?([^;]+)", element.get("style", "")))
+    said = dict(re.findall(r"([\w-]+): ?([^;]+)", element.get("style", "")))
+    said |= {key: element.attrib[key] for key in HANDED if key in element.attrib}
+    return {key: re.sub(r"^#(\w)(\w)(\w)$", r"#\1\1\2\2\3\3", value) for key, value in said.items()}
 
 
 def matrix(transform: str) -> NDArray[np.float64]:
@@ -94,11 +102,18 @@ def outline(element: Element) -> tuple[list[str], NDArray[np.float64]]:
     """Of a path its commands, each by itself, and their points; of a text its words and place."""
     if element.tag == f"{SVG}path":
         commands, points = [], []
-        for letter, said in re.findall(r"([MLQCz])([^MLQCz]*)", element.get("d", "")):
-            numbers = [float(number) for number in said.split()]
-            for place in range(0, len(numbers), SIZES[letter]) if numbers else [0]:
-                commands.append("L" if letter == "M" and place else letter)
-                points += numbers[place : place + SIZES[letter]]
+        here = start = np.zeros(2)
+        for letter, said in re.findall(r"([MLQCzlhv])([^MLQCzlhv]*)", element.get("d", "")):
+            numbers = [float(number) for number in re.findall(r"-?[\d.]+(?:e-?\d+)?", said)]
+            size = SIZES[letter]
+            for place in range(0, len(numbers), size) if numbers else [0]:
+                given = numbers[place : place + size]
+                if letter in STEPS:
+                    given = [*(here + np.array(STEPS[letter](*given)))]
+                commands.append("L" if letter in STEPS or (letter == "M" and place) else letter)
+                points += given
+                here = start if letter == "z" else np.array(given[-2:])
+                start = here if letter == "M" else start
         return commands, np.array(points).reshape(-1, 2)
     inside = [each for each in element.iter() if {"x", "y"} & set(each.keys())]
     placed = [[float(each.get("x", 0)), float(each.get("y", 0))] for each in inside]
@@ -117,8 +132,6 @@ def picture(text: str) -> list[Shape]:
         if element.tag in (f"{SVG}defs", f"{SVG}metadata"):
             return
         own = style(element)
-        if "font-family" in element.attrib:
-            own["font-family"] = element.attrib["font-family"]
         for key, value in own.items():
             if value.startswith("url(#"):  # a hatch, for what is in it
                 hatch = named[value.removeprefix("url(#").removesuffix(")")]
@@ -136,7 +149,7 @@ def picture(text: str) -> list[Shape]:
         at = at @ matrix(element.get("transform", ""))
         kind = element.tag.removeprefix(SVG)
         if kind == "use":
-            shape = named[element.attrib[LINK].removeprefix("#")]
+            shape = named[element.get("href", element.get(LINK, "")).removeprefix("#")]
             moved = matrix(f"translate({element.get('x', 0)} {element.get('y', 0)})")
             yield from shapes(shape, looks, at @ moved, window)
         elif kind in SHAPES:
@@ -144,8 +157,9 @@ def picture(text: str) -> list[Shape]:
             placed = np.c_[points, np.ones(len(points))] @ at.T[:, :2]
             if kind == "text":
                 looks = {"text-anchor": "start", **looks}
-            if kind != "text" or len(element):  # formulae say theirs letter by letter
-                looks = {key: value for key, value in looks.items() if key != "font-family"}
+            # Formulae say letter by letter which font is theirs.
+            idle = HANDED if kind != "text" else ("font-family", "font-size") if len(element) else ()
+            looks = {key: value for key, value in looks.items() if key not in idle}
             yield kind, dict(sorted(looks.items())), commands, np.concatenate([placed, window])
         else:
             for each in element:
@@ -198,8 +212,25 @@ def test_a_group_takes_a_colour_but_no_transparency() -> None:
 
 @pytest.mark.parametrize(
     ("said", "shown"),
-    [("0", "0"), ("-0.01", "0"), ("12.345678", "12.3"), ("120", "120"), ("-7.10", "-7.1"), ("1e-3", "0")],
+    [
+        *(("0", "0"), ("-0.01", "0"), ("12.345678", "12.3"), ("120", "120"), ("-7.10", "-7.1")),
+        *(("1e-3", "0"), ("0.52", ".5"), ("-0.52", "-.5"), ("10.04", "10"), ("100.26", "100.3")),
+    ],
 )
 def test_numbers_keep_what_can_be_seen(said: str, shown: str) -> None:
-    path = f'<svg xmlns="http://www.w3.org/2000/svg"><path d="M {said} 1 \nL 2 {said} \nL 3 4 \nz\n"/></svg>'
-    assert f'd="M{shown} 1 2 {shown} 3 4z"' in svg.smaller(path)
+    path = f'<svg xmlns="http://www.w3.org/2000/svg"><path d="M {said} 1 \nQ 2 {said} 3 4 \nz\n"/></svg>'
+    second = shown if shown.startswith("-") else f" {shown}"
+    assert f'd="M{shown} 1Q2{second} 3 4z"' in svg.smaller(path)
+
+
+def test_lines_are_steps_that_do_not_drift() -> None:
+    places = np.cumsum(np.full(500, 0.26))
+    said = "M 0 0 " + " ".join(f"L {place} {-place}" for place in places)
+    element = ElementTree.fromstring(
+        svg.smaller(f'<svg xmlns="http://www.w3.org/2000/svg"><path d="{said}"/></svg>')
+    )[0]
+    _, points = outline(element)
+    assert np.abs(points[1:] - np.stack([places, -places], 1)).max() < 0.0501
+    said = "M 1 1 L 1 1 L 4 1 L 4 3 L 2 1 z M 5 5 L 6 6"
+    short = svg.smaller(f'<svg xmlns="http://www.w3.org/2000/svg"><path d="{said}"/></svg>')
+    assert 'd="M1 1h0 3v2l-2-2zM5 5l1 1"' in short
