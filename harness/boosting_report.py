@@ -16,7 +16,7 @@ from pathlib import Path
 
 from harness.archive import opened
 from harness.boosting import boosting_section, published_section
-from harness.markdown import plain, table
+from harness.markdown import compact, plain, table
 from harness.records import Model, models_of, read_run
 from harness.store import os_reason, write_text
 from kernels.command import run_command
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, required=True, metavar="DIR", help="where the report goes")
     arguments = parser.parse_args(argv)
     try:
-        write_text(arguments.report / REPORT, report(arguments.runs, arguments.report))
+        write_text(arguments.report / REPORT, compact(report(arguments.runs, arguments.report)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

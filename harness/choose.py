@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from harness import environment, perplexity, store
-from harness.markdown import table
+from harness.markdown import compact, table
 from harness.perplexity import Windows
 from kernels.command import run_command
 from methods import assets
@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
             record = _study(arguments, f"python -m harness.choose {shlex.join(given)}")
         text = report(record)
         if arguments.report is not None:
-            arguments.report.write_text(text, encoding="utf-8")
+            arguments.report.write_text(compact(text), encoding="utf-8")
         print(text)
         return 0
     except (UserError, OSError) as error:

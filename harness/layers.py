@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from harness import plots, store
-from harness.markdown import table
+from harness.markdown import compact, table
 from kernels.command import run_command
 from methods.calibration import load_corpus, token_windows
 from methods.checkpoint import DEFAULT_MODEL, open_checkpoint
@@ -263,7 +263,7 @@ def run(arguments: argparse.Namespace, command: str) -> Path:
             text.append(LATTICE.format(name=values.name, **about["pre_quantised"]))
     models = [*(values for _, values in measured), *published()]
     text += ["## Between models", correlations(models), CORRELATIONS]
-    store.write_text(arguments.out / "report.md", "\n\n".join(text) + "\n")
+    store.write_text(arguments.out / "report.md", compact("\n\n".join(text) + "\n"))
     return Path(arguments.out / "report.md")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 TEXT_COLUMNS = (
@@ -41,3 +42,10 @@ def table(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
         for name, width in zip(head, widths, strict=True)
     )
     return "\n".join([row(head), "|" + "|".join(rules) + "|", *map(row, cells)])
+
+
+def compact(text: str) -> str:
+    """A Markdown text for a file: tables without the padding that a terminal wants, which is a third of a
+    report's bytes and nothing to a page."""
+    lines = (re.sub(" +", " ", line) if line.startswith("| ") else line for line in text.split("\n"))
+    return "\n".join(re.sub("-+", "--", line) if re.fullmatch(r"[|:-]{3,}", line) else line for line in lines)

@@ -10,7 +10,7 @@ from typing import Any
 
 from harness import agreement, store
 from harness.agreement import Agreement, Codes, Output
-from harness.markdown import plain, table
+from harness.markdown import compact, plain, table
 from methods.bits import QuantiserSettings
 from methods.registry import method_classes
 
@@ -127,7 +127,7 @@ def write_report(record: dict[str, Any], path: Path | None) -> str:
     """The report of a results file, written to `path` where one is given."""
     text = "\n\n".join(_sections(record)) + "\n"
     if path is not None:
-        store.write_text(path, text)
+        store.write_text(path, compact(text))
     return text
 
 

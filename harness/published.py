@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from harness.markdown import table
+from harness.markdown import compact, table
 from harness.store import os_reason, write_text
 from methods.bits import Bits
 from methods.checkpoint import DEFAULT_MODEL
@@ -341,7 +341,7 @@ def write(out: Path) -> Path:
     path, text = out / "published.md", render(papers())
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+        write_text(path, compact(text))
     except OSError as error:
         raise UserError(f"{path}: {os_reason(error)}") from error
     return path

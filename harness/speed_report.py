@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from harness.markdown import table
+from harness.markdown import compact, table
 from harness.speed_matrix import SCHEMA
 from harness.speed_shapes import ONLINE
 from harness.speed_targets import BASELINE, judge
@@ -312,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{arguments.record}: {NOT_A_RECORD}") from error
         text, drawn = report(record), io.StringIO()
         plot(record, drawn)
-        write_text(arguments.report / REPORT, text)
+        write_text(arguments.report / REPORT, compact(text))
         write_text(arguments.report / PLOT, drawn.getvalue())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
