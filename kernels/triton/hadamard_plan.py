@@ -92,6 +92,8 @@ def plan(n: int, size: int, inner: int, height: int = 128) -> Plan | None:
     if inner == 1 and size <= 128:
         return Plan(1, blocks, 1, size, slow=False, fast=True)
     fast = 1 if inner > 1 else min(64 if size >= 1024 else 32 if size >= 512 else 16, power)
+    while blocks > 1 and fast > 16 and size // (fast // 2) <= height:
+        fast //= 2  # many low tiles would leave a long row to few warps, whose registers do not hold it
     middle = 1
     while size // (fast * middle) > height and core * fast * middle * 2 <= size:
         middle *= 2

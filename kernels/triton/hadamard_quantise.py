@@ -347,6 +347,7 @@ def compilations() -> Iterator[Compilation]:
         ("bf16-14336", torch.bfloat16, 14336, 14336, 1, 0, True, 1.0),
         ("bf16-14336-clip", torch.bfloat16, 14336, 14336, 1, 0, True, 0.9),
         ("bf16-8192", torch.bfloat16, 8192, 8192, 1, 0, True, 1.0),
+        ("bf16-14336-gate-blocks-of-2048", torch.bfloat16, 14336, 2048, 1, 0, True, 1.0),
         ("bf16-13696-blocks-of-128", torch.bfloat16, 13696, 128, 1, 0, True, 1.0),
         ("fp16-1536", torch.float16, 1536, 1536, 1, 0, True, 1.0),
         ("fp32-4096", torch.float32, 4096, 4096, 1, 0, True, 1.0),

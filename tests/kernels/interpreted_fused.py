@@ -245,6 +245,7 @@ TRANSFORMS: list[tuple[int, int, int, dict[str, int]]] = [
     (1536, 1536, 1, {"stages": 1, "height": 64}),  # ... with a core of 12
     (2048, 2048, 1, {"stages": 1, "height": 16}),  # ... in two tiles beside each other
     (2048, 2048, 1, {"stages": 3, "height": 16}),
+    (6144, 2048, 1, {}),  # three blocks, each a high and narrow tile
     (1024, 128, 4, {}),  # across channels, two blocks
     (864, 24, 36, {"stages": 1}),  # columns padded, and the next row in registers
     (96, 12, 4, {}),  # two blocks of padded rows

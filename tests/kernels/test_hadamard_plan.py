@@ -39,6 +39,15 @@ def test_plans_cover_the_row_with_the_matrix_of_its_order(n: int, size: int, inn
             assert torch.equal(torch.kron(*parts), hadamard_matrix(size))
 
 
+@pytest.mark.parametrize(("n", "size"), [(14336, 2048), (8192, 1024), (1536, 512), (18944, 512)])
+def test_rows_in_blocks_are_held_by_as_many_warps_as_rows_that_are_one(n: int, size: int) -> None:
+    """Few warps would hold a long row in more registers than they have."""
+    cut = plan(n, size, 1)
+    assert cut is not None
+    assert (size // 16, 1, 16) == (cut.A, cut.J, cut.B)
+    assert not cut.fits or cut.elements / (32 * cut.warps) <= 64
+
+
 def accepted() -> Iterator[tuple[int, int, int, Plan]]:
     """Rows up to 32768 of every order: all numbers of blocks, and `inner` on and around the powers of two,
     between which nothing changes but masks."""
