@@ -40,7 +40,7 @@ from harness.figures import bits_section, errors_section, heat_section, kurtosis
 from harness.gains import change, gains_section
 from harness.inputs import inputs_section
 from harness.learning import learning_section
-from harness.markdown import plain, table
+from harness.markdown import compact, plain, table
 from harness.page import page
 from harness.records import (
     Cell,
@@ -71,6 +71,7 @@ from harness.tables import (
     value_text,
 )
 from harness.tradeoffs import pareto_section
+from harness.twins import twins_section
 from kernels.command import run_command
 from methods.distribution import refuse_foreign_kernels
 from methods.errors import UserError
@@ -126,6 +127,7 @@ def _write(folder: Path, out: Path, manifest: dict[str, Any] | None) -> Path:
         twin = any(other.slug == model.slug for other in models[:place])
         named.append((model, f"{model.slug}-{place + 1}" if twin else model.slug))
         text += _model_section(model, figures, named[-1][1])
+    text += twins_section(models)
     text += _tasks_section(run.cells, models)
     text += [*_settings_section(run), *grid_section(run)]
     text += _notes_section(models)
@@ -134,7 +136,8 @@ def _write(folder: Path, out: Path, manifest: dict[str, Any] | None) -> Path:
     text += again_section(run, name)
     path = out / "report.md"
     store.write_text(out / "report.html", page(f"quantgrid: {name}", text, out))
-    store.write_text(path, "\n\n".join(text) + "\n")  # last: where it is new, so is all that it shows
+    # Last: where it is new, so is all that it shows.
+    store.write_text(path, compact("\n\n".join(text) + "\n"))
     return path
 
 

@@ -227,6 +227,15 @@ def paired_log_perplexity(reference: Sequence[Row], rows: Sequence[Row]) -> Esti
     return ratio(*_passages([row for row, _ in pairs], change))
 
 
+def increase(reference: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """The rows of a text with what their negative log-likelihood has risen by, as `nll`.
+
+    Raises ValueError unless both have the same (window, passage) rows with the same tokens.
+    """
+    pairs = _join(reference, rows, ("window", "passage"), "tokens")
+    return [{**other, "nll": _number(other["nll"]) - _number(first["nll"])} for first, other in pairs]
+
+
 def gold_rows(rows: Sequence[Row]) -> list[Row]:
     """The rows of a multiple-choice task with one metric, "gold": the log-likelihood of the right answer.
 
