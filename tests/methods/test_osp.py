@@ -133,7 +133,14 @@ def test_ffn_hadamard_leaves_the_function_and_mixes_the_hidden_channels(name: st
         return seen[0]
 
     before = hidden(model)
+    untouched = {
+        key: value.clone() for key, value in model.state_dict().items() if "down_proj.weight" not in key
+    }
     after = hidden(FFNHadamard().transform(model, Artifact()))
+    now = model.state_dict()
+    assert {key for key in now if "down_proj.weight" not in key} == untouched.keys()
+    for key, value in untouched.items():  # gains of norms among them
+        assert torch.equal(now[key], value), key
     transform = model.get_submodule("layers.0.mlp").hidden_transform
     assert isinstance(transform, OnlineHadamard)
     torch.testing.assert_close(after, transform(before), rtol=0, atol=1e-9)
