@@ -177,8 +177,9 @@ def pareto_figure(path: Path, panels: Sequence[CostPanel], order: Sequence[str],
 def heat_figure(path: Path, rows: Sequence[str], blocks: Sequence[HeatBlock]) -> None:
     """A table of coloured cells, a line a row: blue is better than the reference, vermillion worse."""
     widths = [len(block.columns) for block in blocks]
+    names = max(2.6, 0.3 + 0.065 * max(map(len, rows), default=0))  # else long ones leave no room for cells
     figure = Figure(
-        figsize=(2.6 + 0.92 * sum(widths) + 0.3 * len(blocks), 1.9 + 0.3 * len(rows)),
+        figsize=(names + 0.92 * sum(widths) + 0.3 * len(blocks), 1.9 + 0.3 * len(rows)),
         layout="constrained",
         facecolor="white",
     )

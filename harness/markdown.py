@@ -48,4 +48,4 @@ def compact(text: str) -> str:
     """A Markdown text for a file: tables without the padding that a terminal wants, which is a third of a
     report's bytes and nothing to a page."""
     lines = (re.sub(" +", " ", line) if line.startswith("| ") else line for line in text.split("\n"))
-    return "\n".join(re.sub("-+", "--", line) if re.fullmatch(r"[|:-]{3,}", line) else line for line in lines)
+    return "\n".join(re.sub("-+", "--", line) if re.fullmatch(r"\|[|:-]+", line) else line for line in lines)

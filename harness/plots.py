@@ -309,11 +309,15 @@ def sizes_figure(
     save(figure, path)
 
 
+_LEGEND, _HANDLE, _LETTER = 2.4, 0.7, 0.073
+"""Inches: what a figure leaves to its legend, and what an entry takes and each letter of it."""
+
+
 def axes_grid(count: int, columns: int | None = None) -> tuple[Figure, list[Axes]]:
     """A figure with so many pairs of axes, `columns` (None: all) side by side, and room for its legend."""
     across = columns or count
     down = -(-count // across)
-    size = (4.3 * across + 2.4, 4.4 * down)
+    size = (4.3 * across + _LEGEND, 4.4 * down)
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     return figure, [figure.add_subplot(down, across, index + 1) for index in range(count)]
 
@@ -379,6 +383,10 @@ def legend(figure: Figure) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(entries.values(), entries.keys(), loc="outside right upper", frameon=False, fontsize=9)
+    wanted = _HANDLE + _LETTER * max(map(len, entries), default=0)
+    figure.set_figwidth(
+        figure.get_figwidth() + max(0.0, wanted - _LEGEND)
+    )  # else long names squeeze the axes
 
 
 def save(figure: Figure, path: Path) -> None:

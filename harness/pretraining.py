@@ -1,6 +1,6 @@
 """The report of the study of pre-training recipes, from what `python -m training.study collect` wrote.
 
-python -m harness.pretraining results/reference/osp/study.json --report reports/osp
+python -m harness.pretraining results/reference/osp.json.xz --report reports/osp
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import plots, store
-from harness.markdown import table
+from harness.markdown import compact, table
 from harness.pretraining_tables import (
     at_four_bits,
     in_order,
@@ -22,7 +22,9 @@ from harness.pretraining_tables import (
     published_kurtosis,
     recipe_name,
 )
+from kernels import recorded
 from kernels.command import run_command
+from methods.checkpoint import SHIPPED_MODELS
 from methods.distribution import refuse_foreign_kernels
 from methods.errors import UserError
 
@@ -44,6 +46,10 @@ THROUGH = """\
 apart, of what down_proj reads, through training. Left with the tokens in their context, in the middle each \
 token alone, as it was published.*"""
 LAYERS = "*The same at the end of training, by layer.*"
+SHIPPED = """\
+Excess kurtosis of the residual stream, in context, of the models that come with this project, through their \
+training: every third look. The largest mean over hidden states at the end is {most:.2f}, {verdict} \
+{bound:g}. `python -m harness.grid grids/osp.yaml` pairs what they lose at 4 bits."""
 HISTOGRAMS = """\
 *How often values of the inputs of linears occur at the end of training, in units of their token's root mean \
 square, all layers together (log scale; the outermost bins hold all that lies beyond).*"""
@@ -59,11 +65,12 @@ def write_report(study: Record, out: Path) -> Path:
     text += [_verdict(runs), "## Runs", *_runs(runs), "## Data", *_data(study["data"], runs)]
     text += ["## Curves", _curves(runs, figures / "curves.svg"), CURVES]
     text += ["## Outliers", *_kurtosis(runs, figures)]
+    text += shipped_runs(SHIPPED_MODELS)
     text += at_four_bits(study["tables"], figures)
     text += overhead_section(study["overhead"])
     text += _rates(study["rates"])
     path = out / "report.md"
-    store.write_text(path, "\n\n".join(filter(None, text)) + "\n")
+    store.write_text(path, compact("\n\n".join(filter(None, text)) + "\n"))
     return path
 
 
@@ -83,29 +90,64 @@ def mean(values: Sequence[float]) -> float:
 
 def _verdict(runs: Mapping[str, Record]) -> str:
     """Whether outliers appeared at all, in words."""
-    ends = {name: run["probes"][-1] for name, run in runs.items() if run["probes"]}
-    adam = [mean(end["excess"]) for name, end in ends.items() if recipe_name(name)[0] == "adam"]
-    osp = [mean(end["excess"]) for name, end in ends.items() if recipe_name(name)[0] == "osp"]
-    if not adam or not osp:
+    probes = {
+        wanted: [
+            run["probes"] for name, run in runs.items() if run["probes"] and recipe_name(name)[0] == wanted
+        ]
+        for wanted in ("adam", "osp")
+    }
+    if not all(probes.values()):
         return ""
+    adam, osp = ([mean(each[-1]["excess"]) for each in probes[name]] for name in ("adam", "osp"))
+    adam_alone, osp_alone = ([mean(each[-1]["alone"]) for each in probes[name]] for name in ("adam", "osp"))
+    before = [mean(each[2 * len(each) // 3 - 1]["excess"]) for each in probes["adam"]]
     longest = max(run["probes"][-1]["tokens"] for run in runs.values() if run["probes"])
     size = max(run["parameters"]["all"] for run in runs.values())
     found = (
         f"After {longest / 1e6:,.0f} M tokens of training at {size / 1e6:.1f} M parameters the residual "
-        f"stream has a mean excess kurtosis of {_many(adam)} by Adam and of {_many(osp)} by OSP."
+        f"stream has a mean excess kurtosis of {_many(adam)} by Adam and of {_many(osp)} by OSP; of "
+        f"tokens by themselves, as it is published, of {_many(adam_alone)} and of {_many(osp_alone)}."
     )
-    if max(adam) < OUTLIERS:
+    if max(*adam, *adam_alone) < OUTLIERS:
         found += (
             f" **Outliers like those published ({published_kurtosis('adam'):,} by Adam) did not appear at "
             f"this scale**: none of Adam's runs "
             f"reaches {OUTLIERS:g}, and what follows compares recipes, not outliers with "
             "their absence."
         )
+        if all(last > 1.1 * earlier for last, earlier in zip(adam, before, strict=True)):
+            found += f" But Adam's was still growing when training ended (in context, from {_many(before)})."
     return found
 
 
 def _many(values: Sequence[float]) -> str:
     return " and ".join(f"{value:,.2f}" for value in values)
+
+
+def shipped_runs(folder: Path) -> list[str]:
+    """What the models that come with this project looked like through training: narrow ones, trained longer
+    than a study trains. Empty where there are none."""
+    lines, most = [], 0.0
+    for path in sorted(folder.glob("*/quantgrid.json")):
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if not about.get("run") or not about.get("probes"):  # not pre-trained here
+            continue
+        most = max(most, mean(about["probes"][-1]["excess"]))
+        settings = about["run"]["settings"]
+        shown = about["probes"][::-3][::-1]
+        for probe in shown:
+            tokens = probe["step"] * settings["batch"] * settings["length"]
+            line = [path.parent.name, settings["recipe"], f"{tokens / 1e6:.1f}", f"{probe['held_out']:.4f}"]
+            lines.append([*line, *(f"{value:.2f}" for value in probe["excess"])])
+    if not lines:
+        return []
+    depth = max(len(line) for line in lines) - 5
+    head = ["model", "recipe", "M tokens", "held-out loss", "embedding"]
+    head += [f"behind layer {layer + 1}" for layer in range(depth)]
+    lines = [[*line, *["–"] * (len(head) - len(line))] for line in lines]
+    verdict = "below" if most < OUTLIERS else "above"
+    note = SHIPPED.format(most=most, verdict=verdict, bound=OUTLIERS)
+    return ["### Longer runs of smaller models", table(head, lines), note]
 
 
 def _runs(runs: Mapping[str, Record]) -> list[str]:
@@ -139,7 +181,8 @@ def _runs(runs: Mapping[str, Record]) -> list[str]:
         f"{rates['adam']:g} (adam), {rates['muon']:g} (Muon), {rates['embedding']:g} (embedding and head "
         f"beside Muon), up over the first {settings['warmup']:.0%} of the steps and down to 0 over the last "
         f"{settings['decay']:.0%}; weight decay {settings['weight_decay']:g} on matrices; "
-        f"{settings['precision']}; {command['device']}, torch {command['torch']}. Losses are in nats a token."
+        f"{settings['precision']}; {command['device']}, torch {command['torch']}. Losses are in nats a "
+        "token; runs may have shared a GPU, so tokens a second compare no recipes (steps, below, do)."
     )
     found.append("Commands:\n\n" + "\n".join(f"    {text}" for text in _commands(runs)))
     return found
@@ -250,7 +293,8 @@ def _kurtosis(runs: Mapping[str, Record], figures: Path) -> list[str]:
     )
     return [
         table([*head, "published, 1.4 B"], lines),
-        "Excess kurtosis by the published formula: the fourth moment not centred, negative values as 0.",
+        "Excess kurtosis of hidden states by the published formula: the fourth moment not "
+        "centred, negative values as 0; of down_proj's inputs centred, per token.",
         "![Kurtosis through training](figures/kurtosis.svg)",
         THROUGH,
         "![Kurtosis by layer](figures/layers.svg)",
@@ -301,7 +345,7 @@ def _rates(rates: Record | None) -> list[str]:
 
 def read_study(path: Path) -> Record:
     try:
-        found: Record = json.loads(path.read_text())
+        found: Record = recorded.read(path)
     except OSError as error:
         raise UserError(f"study {path}: {error.strerror or error}") from error
     except ValueError as error:

@@ -15,7 +15,7 @@ from harness.tables import signed
 from methods.osp import OSP
 
 TWINS = """\
-Models of the same tokens, on the same passages, by the same method: one that `osp` takes and one that it \
+Models of one tokenizer, on the same passages, by the same method: one that `osp` takes and one that it \
 refuses. `loses`: how far perplexity rises above the model's own in floating point. Difference: of the two \
 rises, the first model's minus the second's, in nats of log-perplexity; below zero the first loses less. The \
 last column compares the perplexities that are left at these bits. Both with 95 % intervals, paired by \
@@ -27,7 +27,7 @@ def twins_section(models: Sequence[Model]) -> list[str]:
     """Empty without a model that `osp` takes beside one of the same tokens that it refuses."""
     text = []
     for ours, other in permutations(models, 2):
-        if not (ours.floats and other.floats and _is_osp(ours) and not _is_osp(other)):
+        if not (ours.floats and other.floats and _taken(ours) and _refused(other)):
             continue
         names = (str(ours.record["name"]), str(other.record["name"]))
         for column in ours.perplexities:
@@ -75,23 +75,36 @@ def _table(ours: Model, other: Model, column: Column, names: tuple[str, str]) ->
     return [title, table(head, lines), start, *left_out]
 
 
-def _is_osp(model: Model) -> bool:
+def _taken(model: Model) -> bool:
     return any(row.usable and OSP.name in _parts(row) for row in model.rows)
+
+
+def _refused(model: Model) -> bool:
+    return any(cell.state == "n/a" and OSP.name in _parts(row) for row in model.rows for cell in row.cells)
 
 
 def _rows(ours: Model, other: Model) -> Iterator[tuple[Row, Row]]:
     """(row with osp, row of the other model that is the same without it)."""
     for row in ours.rows:
-        if OSP.name not in _parts(row):
-            continue
-        wanted = row.label.replace(f"{OSP.name}+", "", 1)
-        if wanted == row.label:  # osp alone: the rounding is all there is
-            wanted = str(row.first.record["method"]["rounding"])
-        yield from ((row, each) for each in other.rows if (each.bits, each.label) == (row.bits, wanted))
+        if OSP.name in _parts(row):
+            yield from ((row, each) for each in other.rows if each.bits == row.bits and _same(row, each))
 
 
 def _parts(row: Row) -> list[str]:
     return str(row.first.record["method"]["name"]).split("+")
+
+
+def _same(row: Row, other: Row) -> bool:
+    """Whether `other` has the row's method without osp, with all its options; osp alone is its rounding."""
+    method, theirs = row.first.record["method"], other.first.record["method"]
+    rest = [part for part in _parts(row) if part != OSP.name]
+    names = rest or [str(method["rounding"])]
+    if names != _parts(other) or method["rounding"] != theirs["rounding"]:
+        return False
+    if not rest:
+        shared = method["options"][OSP.name].items()
+        return all(theirs["options"][names[0]].get(key, value) == value for key, value in shared)
+    return all(method["options"][part] == theirs["options"][part] for part in rest)
 
 
 def _rise(whole: Cell, cell: Cell, column: Column) -> Estimate:

@@ -193,7 +193,7 @@ def test_the_speeds_of_decoders_in_the_readme_are_those_on_record(root: Path) ->
     plain, scaled = (
         milliseconds(row("w4a4kv4", "decode", 1, 1024, "overhead", name)) for name in ("none", "fptquant")
     )
-    assert f"online parts add {scaled / plain - 1:.0%} to a step".replace("%", " %") in readme
+    assert f"online parts added {scaled / plain - 1:.0%} to a step".replace("%", " %") in readme
     held = [row(form, "decode", 8, 32768) for form in ("w4a4kv4", "bf16")]
     share = (held[0]["weights"] + held[0]["kv"]) / (held[1]["weights"] + held[1]["kv"])
     assert f"take {share:.3f} of bf16's bytes" in readme

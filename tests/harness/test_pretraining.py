@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from harness import pretraining
-from harness.pretraining import read_study, write_report
+from harness.pretraining import read_study, shipped_runs, write_report
 from harness.pretraining_tables import NAMES, difference, increase, perplexity
+from methods.checkpoint import SHIPPED_MODELS
 from methods.errors import UserError
 
 WINDOWS, LENGTH = 40, 11
@@ -208,6 +209,33 @@ def test_equal_studies_give_equal_bytes_and_parts_may_be_missing(tmp_path: Path)
     text = write_report(bare, tmp_path / "bare").read_text()
     assert "## Outliers" in text
     assert "## At 4 bits" not in text
+
+
+def test_models_that_ship_are_shown_through_their_training(tmp_path: Path) -> None:
+    """They were trained longest: whether outliers grow with training is seen there."""
+    text = write_report(study(LOW), tmp_path / "report").read_text()
+    lines = text.partition("### Longer runs")[2].partition("\n## ")[0].splitlines()
+    for name in ("twin-adam", "twin-osp"):
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if f"| {name} |" in line]
+        about = json.loads((SHIPPED_MODELS / name / "quantgrid.json").read_text())
+        last, settings = about["probes"][-1], about["run"]["settings"]
+        assert last["step"] == settings["steps"]
+        assert [float(each) for each in rows[-1][2:]] == pytest.approx(
+            [
+                settings["steps"] * settings["batch"] * settings["length"] / 1e6,
+                last["held_out"],
+                *last["excess"],
+            ],
+            abs=0.05,
+        )
+    assert shipped_runs(tmp_path) == []
+
+
+def test_a_note_on_the_tables_is_shown(tmp_path: Path) -> None:
+    noted = copy.deepcopy(study(LOW))
+    noted["tables"]["note"] = "One of the rows was measured otherwise."
+    text = write_report(noted, tmp_path / "report").read_text()
+    assert "\n\nOne of the rows was measured otherwise.\n\n### Perplexity" in text
 
 
 def test_mistakes_get_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

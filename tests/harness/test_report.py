@@ -120,7 +120,7 @@ def test_figures_are_embedded_and_say_what_to_see(run: Path) -> None:
         svg = path.read_text(encoding="utf-8")
         ElementTree.fromstring(svg)
         assert "dc:date" not in svg
-        assert "fill: #ffffff" in svg, "a background of its own, for dark pages"
+        assert "fill:#fff" in svg, "a background of its own, for dark pages"
     assert "Without a transform, on the grey line: gptq, rtn." in text
 
 

@@ -215,8 +215,8 @@ def test_the_heat_map_holds_the_differences_of_the_tables(run: Path, text: str) 
         assert cell[len(cell.rstrip("*")) :] == stars
     assert any(cell.endswith("**") for cell in cells)
     svg = (run / "figures" / f"{STEM}-tasks.svg").read_text(encoding="utf-8")
-    drawn = re.findall(r"<path [^>]*fill: (#[0-9a-f]{6})", svg)
-    fills = [fill for fill in drawn if fill != "#ffffff"]
+    drawn = re.findall(r"<path [^>]*fill:(#[0-9a-f]{3,6})", svg)
+    fills = [fill for fill in drawn if fill != "#fff"]
     assert len(fills) == len(cells)
     for fill, cell, (value, _, _), accuracy in zip(
         fills, cells, expected, [False] * 12 + [True] * 18, strict=True

@@ -30,6 +30,12 @@ def cell(run: Path, model: str, name: str, bits: str, seed: int = 0, rounding: s
     return made
 
 
+def refused(run: Path, model: str) -> Path:
+    made = cell(run, model, "osp", "w4a4kv4", seed=7)
+    edit(made, lambda record: record.update(status="not_applicable", tasks={}))
+    return made
+
+
 def rows(folder: Path) -> dict[tuple[int, int], dict[str, Any]]:
     lines = (folder / "samples" / "perplexity_wikipedia.jsonl").read_text().splitlines()
     return {(row["window"], row["passage"]): row for row in map(json.loads, lines)}
@@ -47,7 +53,7 @@ def made(tmp_path: Path) -> dict[str, Path]:
         "adam rtn": cell(tmp_path, "the-adam", "rtn", "w4a4kv4"),
         "adam quarot": cell(tmp_path, "the-adam", "quarot", "w4a4kv4", rounding="gptq"),
         "adam w4a16": cell(tmp_path, "the-adam", "rtn", "w4a16"),
-        "adam osp": cell(tmp_path, "the-adam", "hqq", "w4a4kv4"),
+        "refused": refused(tmp_path, "the-adam"),
         "osp": cell(tmp_path, "the-osp", "float", "w16a16"),
         "osp rtn": cell(tmp_path, "the-osp", "osp", "w4a4kv4", seed=5),
         "osp quarot": cell(tmp_path, "the-osp", "osp+quarot", "w4a4kv4", rounding="gptq"),
@@ -71,6 +77,21 @@ def test_rises_above_the_own_float_are_compared(made: dict[str, Path], tmp_path:
     # Equal cells lose alike, with certainty.
     same = found["osp+quarot (gptq)", "quarot (gptq)"]
     assert number_and_interval(same["difference [95 %]"])[0] == 0
+
+
+def test_rows_of_other_options_are_not_paired(made: dict[str, Path], tmp_path: Path) -> None:
+    def change(record: dict[str, Any]) -> None:
+        record["method"]["options"]["quarot"]["online"] = False
+
+    edit(made["osp quarot"], change)
+    edit(made["osp rtn"], lambda record: record["method"]["options"]["osp"].update(samples=64))
+    edit(made["adam rtn"], lambda record: record["method"]["options"]["rtn"].update(samples=None))
+    assert "in pairs" not in text_of(tmp_path)
+
+
+def test_a_model_that_osp_was_not_asked_of_is_no_twin(made: dict[str, Path], tmp_path: Path) -> None:
+    edit(made["refused"], lambda record: record.update(status="failed"))
+    assert "in pairs" not in text_of(tmp_path)
 
 
 def test_models_of_other_tokens_are_no_twins(made: dict[str, Path], tmp_path: Path) -> None:

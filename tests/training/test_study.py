@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from kernels import recorded
 from methods.errors import NotApplicableError, UserError
 from tests.training import small_data
 from training import overhead, study, tables
@@ -69,12 +70,17 @@ def test_the_whole_study(data: Data, tmp_path: Path, capsys: pytest.CaptureFixtu
     with mock.patch.object(tables, "measure", side_effect=AssertionError("measured again")):
         assert give("tables", *shared, *runs) == 0
     assert give("overhead", "--out", out, *SHARED, "--vocabulary", 60) == 0
-    assert give("collect", "--out", out, "--data", data.folder, *runs, "--to", tmp_path / "all.json") == 0
-    whole = json.loads((tmp_path / "all.json").read_text())
+    assert give("collect", "--out", out, "--data", data.folder, *runs, "--to", tmp_path / "all.json.xz") == 0
+    whole = recorded.read(tmp_path / "all.json.xz")
     assert set(whole["runs"]) == {"adam-0", "osp-1"}
     assert all(run["finished"] and run["probes"] and run["log"] for run in whole["runs"].values())
     assert [step["recipe"] for step in whole["overhead"]["steps"]] == ["adam", "muon", "osp"]
-    assert whole["tables"]["models"] == found
+    for name, cells in found.items():
+        collected = whole["tables"]["models"][name]
+        assert [cell["spec"] for cell in collected] == specs[name]
+        for cell, short in zip(cells, collected, strict=True):
+            for text, nll in cell["nll"].items():
+                assert short["nll"][text] == pytest.approx(nll, rel=1e-5)
     assert whole["data"]["vocabulary"] == data.vocabulary
 
 
