@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from harness import choose, perplexity, stats
+from harness.markdown import compact
 from harness.perplexity import Windows
 from methods.bits import Bits
 from methods.calibration import load_corpus
@@ -106,7 +107,7 @@ def test_a_record_is_rendered_again(model: str, tmp_path: Path, capsys: pytest.C
     _, text = study(model, tmp_path, "rtn")
     capsys.readouterr()
     assert choose.main(["--render", str(tmp_path / "out.json")]) == 0
-    assert capsys.readouterr().out == text + "\n"
+    assert compact(capsys.readouterr().out) == text + "\n"
     (tmp_path / "other.json").write_text("{}")
     assert choose.main(["--render", str(tmp_path / "other.json")]) == 2
 
