@@ -384,9 +384,8 @@ def legend(figure: Figure) -> None:
     }
     figure.legend(entries.values(), entries.keys(), loc="outside right upper", frameon=False, fontsize=9)
     wanted = _HANDLE + _LETTER * max(map(len, entries), default=0)
-    figure.set_figwidth(
-        figure.get_figwidth() + max(0.0, wanted - _LEGEND)
-    )  # else long names squeeze the axes
+    # Else long names squeeze the axes.
+    figure.set_figwidth(figure.get_figwidth() + max(0.0, wanted - _LEGEND))
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -168,13 +168,12 @@ def _path(text: str, decimals: int) -> str:
                 start = here = (x, y)
                 continue
             right, down = x - here[0], y - here[1]
-            way, by = (
-                ("h", step(right))
-                if not down
-                else ("v", step(down))
-                if not right
-                else ("l", step(right, down))
-            )
+            if not down:
+                way, by = "h", step(right)
+            elif not right:
+                way, by = "v", step(down)
+            else:
+                way, by = "l", step(right, down)
             if parts and parts[-1][0] == way:
                 parts[-1][1].extend(by)
             else:
@@ -191,9 +190,9 @@ def _joined(numbers: Iterable[str]) -> str:
 def _number(text: str, decimals: int) -> str:
     short = f"{float(text):.{decimals}f}"
     short = short.rstrip("0").rstrip(".") if "." in short else short
-    return (
-        "0" if short == "-0" else short.replace("0.", ".", 1) if short.lstrip("-").startswith("0.") else short
-    )
+    if short == "-0":
+        return "0"
+    return re.sub(r"^(-?)0\.", r"\1.", short)
 
 
 def _gather(element: Element) -> None:

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -87,7 +88,13 @@ def choose_rates(arguments: argparse.Namespace, data: Data, device: torch.device
             with ProcessPoolExecutor(
                 arguments.beside, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)
             ) as pool:
-                found = list(pool.map(trial, trials))
+                try:
+                    found = list(pool.map(trial, trials))
+                except BrokenProcessPool as error:
+                    raise UserError(
+                        f"a run of {recipe} was killed, perhaps for want of memory: give the command again, "
+                        "with a smaller --beside or --micro"
+                    ) from error
         tried += found
         finite = [line for line in found if line["tuning"] is not None]
         if not finite:
@@ -275,6 +282,8 @@ def run(arguments: argparse.Namespace, command: str) -> int:
         return 0
     data = tokens.read(arguments.data)
     if arguments.what == "rates":
+        if arguments.beside < 1:
+            raise UserError(f"--beside {arguments.beside}: give 1 or more")
         choose_rates(arguments, data, device, command)
         return 0
     work = run_all if arguments.what == "run" else quantise_all

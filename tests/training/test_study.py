@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from unittest import mock
 
@@ -93,6 +94,18 @@ def test_rates_that_do_not_converge(data: Data, tmp_path: Path, capsys: pytest.C
     with mock.patch.object(Trainer, "train", side_effect=UserError("the disk is full")):
         assert give("rates", *shared, "--tried", 0.1) == 2
     assert "the disk is full" in capsys.readouterr().err, "no other fault is taken for a rate too high"
+
+
+def test_side_by_side_mistakes_and_deaths_get_one_line(
+    data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = ("--out", tmp_path, "--data", data.folder, *SHARED, "--tokens", 1280, "--tried", 0.01)
+    assert give("rates", *shared, "--beside", 0) == 2
+    assert capsys.readouterr().err == "error: --beside 0: give 1 or more\n"
+    with mock.patch.object(study.ProcessPoolExecutor, "map", side_effect=BrokenProcessPool):
+        assert give("rates", *shared, "--beside", 2) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: a run of adam was killed") and len(said.splitlines()) == 1
 
 
 def test_likelihoods_are_those_of_transformers(data: Data, tmp_path: Path) -> None:
