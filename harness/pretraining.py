@@ -18,6 +18,7 @@ from harness.markdown import compact, table
 from harness.pretraining_tables import (
     at_four_bits,
     in_order,
+    made_by,
     overhead_section,
     published_kurtosis,
     recipe_name,
@@ -184,12 +185,9 @@ def _runs(runs: Mapping[str, Record]) -> list[str]:
         f"{settings['precision']}; {command['device']}, torch {command['torch']}. Losses are in nats a "
         "token; runs may have shared a GPU, so tokens a second compare no recipes (steps, below, do)."
     )
-    found.append("Commands:\n\n" + "\n".join(f"    {text}" for text in _commands(runs)))
+    given = [entry for run in runs.values() for entry in run["commands"]]
+    found.append(made_by([entry["command"] for entry in given], [entry["commit"] for entry in given]))
     return found
-
-
-def _commands(runs: Mapping[str, Record]) -> list[str]:
-    return list(dict.fromkeys(entry["command"] for run in runs.values() for entry in run["commands"]))
 
 
 def _median(values: Sequence[float]) -> float:
@@ -339,7 +337,7 @@ def _rates(rates: Record | None) -> list[str]:
         f"By the loss on tuning text (no text of any evaluation) of short runs: {chosen}. The recipes in "
         "between take those of `muon`.",
         table(["recipe", "rate", "loss on tuning text", "tokens"], lines),
-        f"    {rates['command']}",
+        made_by([rates["command"]], [rates["commit"]]),
     ]
 
 

@@ -65,7 +65,7 @@ def at_four_bits(tables: Record | None, figures: Path) -> list[str]:
         name: {(cell["method"], cell["bits"]): cell for cell in cells}
         for name, cells in in_order(tables["models"]).items()
     }
-    text = ["## At 4 bits", _protocol(next(iter(models.values()))), tables.get("note", "")]
+    text = ["## At 4 bits", _protocol(next(iter(models.values())))]
     for part, title in TEXTS.items():
         text += [f"### Perplexity, {title}", _widths(models, part)]
     lines = [[recipe, *_published(checkpoint)] for recipe, checkpoint in CHECKPOINTS.items()]
@@ -79,7 +79,14 @@ def at_four_bits(tables: Record | None, figures: Path) -> list[str]:
     text += ["### Recipes in pairs", PAIRS]
     for part, title in TEXTS.items():
         text += [f"On {title}:", _pairs(models, part)]
-    return [*text, *_further(models), f"    {tables['command']}"]
+    return [*text, *_further(models), made_by(tables["commands"], tables["commits"])]
+
+
+def made_by(commands: Sequence[str], commits: Sequence[str | None]) -> str:
+    """The commands that made what stands above, and the commits of the code that they ran."""
+    known = list(dict.fromkeys(commit or "none known" for commit in commits))
+    at = f"Made at commit{'s' * (len(known) > 1)} {', '.join(known)} by"
+    return "\n".join([at, "", *(f"    {command}" for command in dict.fromkeys(commands))])
 
 
 def published_kurtosis(recipe: str) -> float:
@@ -266,5 +273,5 @@ def overhead_section(overhead: Record | None) -> list[str]:
         "Adam's throughput for Muon, on TPUs with the optimiser spread over them; here every process updates "
         "everything.",
         table(head, lines),
-        f"    {overhead['command']}",
+        made_by([overhead["command"]], [overhead["commit"]]),
     ]

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from harness.environment import commit
 from kernels.command import run_command
 from kernels.recorded import encoded
 from methods.checkpoint_folder import write_json
@@ -102,7 +103,8 @@ def choose_rates(arguments: argparse.Namespace, data: Data, device: torch.device
         best[recipe] = min(finite, key=lambda line: line["tuning"])["rate"]
     chosen = {"adam": best["adam"], "muon": best["muon"], "embedding": best["adam"]}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out / RATES, {"command": command, "chosen": chosen, "tried": tried})
+    about = {"command": command, "commit": commit(), "chosen": chosen, "tried": tried}
+    write_json(arguments.out / RATES, about)
     _say(f"chosen: {json.dumps(chosen)}")
 
 
@@ -162,20 +164,26 @@ def quantise_all(arguments: argparse.Namespace, data: Data, device: torch.device
         more = tables.MORE if recipe in ("adam", "osp") else ()
         cells = (*tables.EVERY, *more)
         found = tables.measure(folder / MODEL, data, cells, device, seed=seed, windows=arguments.windows)
-        write_json(folder / TABLES, {"command": command, "cells": found})
+        write_json(folder / TABLES, {"command": command, "commit": commit(), "cells": found})
         _say(f"{folder.name}: {len(cells)} cells, {time.perf_counter() - started:.0f} s in all")
     return True
 
 
 def time_steps(arguments: argparse.Namespace, device: torch.device, command: str) -> None:
     """Steps of adam, muon and osp at `--shape`; writes overhead.json."""
-    found = []
-    for recipe in ("adam", "muon", "osp"):
-        one = settings(arguments, recipe, 0, arguments.batch * arguments.length, Rates())
-        found.append(overhead.time_step(one, arguments.vocabulary, device))
-        _say(json.dumps(found[-1]))
-    about = {"command": command, "shape": arguments.shape, "torch": torch.__version__, "steps": found}
-    about["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    tokens_a_step = arguments.batch * arguments.length
+    every = [settings(arguments, recipe, 0, tokens_a_step, Rates()) for recipe in ("adam", "muon", "osp")]
+    found = overhead.time_steps(every, arguments.vocabulary, device)
+    for line in found:
+        _say(json.dumps(line))
+    about = {
+        "command": command,
+        "commit": commit(),
+        "shape": arguments.shape,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "steps": found,
+    }
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / OVERHEAD, about)
 
@@ -194,7 +202,8 @@ def collect(out: Path, data: Path, to: Path, runs: Sequence[tuple[str, int]]) ->
     }
     found["tables"] = (
         {
-            "command": "; ".join(dict.fromkeys(one["command"] for one in measured.values())),
+            "commands": [one["command"] for one in measured.values()],
+            "commits": list(dict.fromkeys(one["commit"] for one in measured.values())),
             "models": {name: one["cells"] for name, one in measured.items()},
         }
         if measured

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from harness.environment import commit
 from methods.checkpoint_folder import write_json
 from methods.decoder import Decoder
 from methods.errors import UserError
@@ -285,6 +286,7 @@ class Trainer:
         about = self.about()
         here = {
             "command": self.command,
+            "commit": commit(),
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(self.place.device) if self.cuda else platform.machine(),
             "threads": torch.get_num_threads(),

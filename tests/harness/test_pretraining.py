@@ -84,7 +84,14 @@ def study(excess: dict[str, float]) -> dict[str, Any]:
             },
             "parameters": {"all": 1_500_000},
             "train_tokens": 80_000,
-            "commands": [{"command": "python -m training.study run", "device": "a GPU", "torch": "2.11"}],
+            "commands": [
+                {
+                    "command": f"python -m training.study run --runs {name}",
+                    "commit": "abc123",
+                    "device": "a GPU",
+                    "torch": "2.11",
+                }
+            ],
             "log": log,
             "probes": probes,
         }
@@ -113,11 +120,13 @@ def study(excess: dict[str, float]) -> dict[str, Any]:
         },
         "runs": runs,
         "tables": {
-            "command": "python -m training.study tables",
+            "commands": ["python -m training.study tables"],
+            "commits": ["abc123", None],
             "models": {name: cells(name.rsplit("-", 1)[0], int(name[-1])) for name in RUNS},
         },
         "overhead": {
             "command": "python -m training.study overhead",
+            "commit": "abc123",
             "shape": "osp-1.4b",
             "device": "a GPU",
             "torch": "2.11",
@@ -125,6 +134,7 @@ def study(excess: dict[str, float]) -> dict[str, Any]:
         },
         "rates": {
             "command": "python -m training.study rates",
+            "commit": "abc123",
             "chosen": {"adam": 0.002, "muon": 0.004, "embedding": 0.002},
             "tried": tried,
         },
@@ -195,6 +205,8 @@ def test_the_report_says_whether_outliers_appeared(tmp_path: Path) -> None:
     assert rows(high, "## Runs")[0]["epochs"] == "1.25"
     assert rows(high, "## What a step costs")[1]["of Adam's speed at 4,194,304 tokens a step"] == "97.6%"
     assert rows(high, "## How the rates")[1]["loss on tuning text"] == "not finite"
+    assert "Made at commit abc123 by\n\n    python -m training.study run --runs adam-0\n" in high
+    assert "Made at commits abc123, none known by\n\n    python -m training.study tables\n" in high
     drawn = {path.name for path in (tmp_path / "high" / "figures").iterdir()}
     assert drawn == {"curves.svg", "kurtosis.svg", "layers.svg", "histograms.svg", "bits.svg"}
     assert all(f"figures/{name}" in high for name in drawn)
@@ -229,13 +241,6 @@ def test_models_that_ship_are_shown_through_their_training(tmp_path: Path) -> No
             abs=0.05,
         )
     assert shipped_runs(tmp_path) == []
-
-
-def test_a_note_on_the_tables_is_shown(tmp_path: Path) -> None:
-    noted = copy.deepcopy(study(LOW))
-    noted["tables"]["note"] = "One of the rows was measured otherwise."
-    text = write_report(noted, tmp_path / "report").read_text()
-    assert "\n\nOne of the rows was measured otherwise.\n\n### Perplexity" in text
 
 
 def test_mistakes_get_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

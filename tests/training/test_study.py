@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import transformers
 
+from harness import environment
 from kernels import recorded
 from methods.errors import NotApplicableError, UserError
 from tests.training import small_data
@@ -83,6 +85,11 @@ def test_the_whole_study(data: Data, tmp_path: Path, capsys: pytest.CaptureFixtu
             for text, nll in cell["nll"].items():
                 assert short["nll"][text] == pytest.approx(nll, rel=1e-5)
     assert whole["data"]["vocabulary"] == data.vocabulary
+    parts = (whole["rates"], whole["overhead"], *(run["commands"][0] for run in whole["runs"].values()))
+    assert {part["commit"] for part in parts} == set(whole["tables"]["commits"]) == {environment.commit()}
+    assert all(
+        command.startswith("python -m training.study tables") for command in whole["tables"]["commands"]
+    )
 
 
 def test_rates_that_do_not_converge(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,18 +138,35 @@ def test_likelihoods_are_those_of_transformers(data: Data, tmp_path: Path) -> No
         tables.measure(tmp_path / "run" / MODEL, data, [("osp", "w4a4")], torch.device("cpu"), windows=1)
 
 
-def test_a_step_is_timed_at_any_shape() -> None:
-    given = small_data.settings("osp", 1)
-    found = overhead.time_step(given, 50, torch.device("cpu"), repeats=3, warm=1)
-    assert found["micro_tokens"] == 8 * 32
+def test_steps_are_timed_at_any_shape() -> None:
+    given = [small_data.settings(recipe, 1) for recipe in ("adam", "osp")]
+    adam, osp = overhead.time_steps(given, 50, torch.device("cpu"), repeats=3, warm=1)
+    assert [adam["recipe"], osp["recipe"]] == ["adam", "osp"]
+    assert adam["micro_tokens"] == osp["micro_tokens"] == 8 * 32
     for batch in overhead.BATCHES:
-        expected = found["pass_seconds"] * batch / 256 + found["update_seconds"]
-        assert found["seconds"][str(batch)] == pytest.approx(expected)
-    adam = overhead.time_step(small_data.settings("adam", 1), 50, torch.device("cpu"), repeats=1, warm=1)
+        expected = osp["pass_seconds"] * batch / 256 + osp["update_seconds"]
+        assert osp["seconds"][str(batch)] == pytest.approx(expected)
     # Adam keeps two numbers a parameter, Muon one.
     hidden = small_data.SHAPE.layers * (4 * 32 * 32 + 3 * 32 * 48)
     assert adam["state_bytes"] > 8 * (hidden + 2 * 50 * 32)
-    assert 4 * hidden < found["state_bytes"] < adam["state_bytes"]
+    assert 4 * hidden < osp["state_bytes"] < adam["state_bytes"]
+
+
+def test_recipes_take_turns_to_be_timed() -> None:
+    """What slows a device down while recipes are timed is no recipe's alone."""
+    order: list[str] = []
+
+    def measured(one: Any, action: Callable[[], object], device: torch.device) -> float:
+        action()
+        order.append(one.settings.recipe)
+        return float(len(order))
+
+    given = [small_data.settings(recipe, 1) for recipe in ("adam", "muon")]
+    with mock.patch.object(overhead, "_measured", measured):
+        adam, muon = overhead.time_steps(given, 50, torch.device("cpu"), repeats=3, warm=0)
+    assert order == ["adam", "muon"] * 6
+    assert (adam["pass_seconds"], muon["pass_seconds"]) == (3, 4), "medians of the first six"
+    assert (adam["update_seconds"], muon["update_seconds"]) == (9, 10)
 
 
 def test_a_limit_between_runs_is_kept(data: Data, tmp_path: Path) -> None:
