@@ -91,33 +91,41 @@ def mean(values: Sequence[float]) -> float:
 
 def _verdict(runs: Mapping[str, Record]) -> str:
     """Whether outliers appeared at all, in words."""
-    probes = {
-        wanted: [
-            run["probes"] for name, run in runs.items() if run["probes"] and recipe_name(name)[0] == wanted
-        ]
-        for wanted in ("adam", "osp")
-    }
-    if not all(probes.values()):
+    last: dict[str, list[Record]] = {}
+    for name, run in runs.items():
+        if run["probes"]:
+            last.setdefault(recipe_name(name)[0], []).append(run["probes"][-1])
+    if not {"adam", "osp"} <= last.keys():
         return ""
-    adam, osp = ([mean(each[-1]["excess"]) for each in probes[name]] for name in ("adam", "osp"))
-    adam_alone, osp_alone = ([mean(each[-1]["alone"]) for each in probes[name]] for name in ("adam", "osp"))
-    before = [mean(each[2 * len(each) // 3 - 1]["excess"]) for each in probes["adam"]]
-    longest = max(run["probes"][-1]["tokens"] for run in runs.values() if run["probes"])
+    context, alone = (
+        {recipe: [mean(probe[kind]) for probe in probes] for recipe, probes in last.items()}
+        for kind in ("excess", "alone")
+    )
+    longest = max(probe["tokens"] for probes in last.values() for probe in probes)
     size = max(run["parameters"]["all"] for run in runs.values())
     found = (
         f"After {longest / 1e6:,.0f} M tokens of training at {size / 1e6:.1f} M parameters the residual "
-        f"stream has a mean excess kurtosis of {_many(adam)} by Adam and of {_many(osp)} by OSP; of "
-        f"tokens by themselves, as it is published, of {_many(adam_alone)} and of {_many(osp_alone)}."
+        f"stream has a mean excess kurtosis of {_many(context['adam'])} by Adam and of "
+        f"{_many(context['osp'])} by OSP; of tokens by themselves, as it is published, of "
+        f"{_many(alone['adam'])} and of {_many(alone['osp'])}."
     )
-    if max(*adam, *adam_alone) < OUTLIERS:
-        found += (
-            f" **Outliers like those published ({published_kurtosis('adam'):,} by Adam) did not appear at "
-            f"this scale**: none of Adam's runs "
-            f"reaches {OUTLIERS:g}, and what follows compares recipes, not outliers with "
-            "their absence."
-        )
-        if all(last > 1.1 * earlier for last, earlier in zip(adam, before, strict=True)):
-            found += f" But Adam's was still growing when training ended (in context, from {_many(before)})."
+    if max(*context["adam"], *alone["adam"]) >= OUTLIERS:
+        return found
+    found += (
+        f" **Outliers like those published ({published_kurtosis('adam'):,} by Adam) did not appear at this "
+        f"scale**: none of Adam's runs reaches {OUTLIERS:g}, and pairs with Adam compare recipes, not "
+        "outliers with their absence."
+    )
+    for recipe in sorted(last.keys() - {"adam"}):
+        if max(*context[recipe], *alone[recipe]) >= OUTLIERS:
+            found += (
+                f" By {recipe} they set in: {_many(context[recipe])} in context, {_many(alone[recipe])} of "
+                f"tokens by themselves ({published_kurtosis(recipe):,} published)."
+            )
+    probed = [run["probes"] for name, run in runs.items() if recipe_name(name)[0] == "adam" and run["probes"]]
+    before = [mean(each[2 * len(each) // 3 - 1]["excess"]) for each in probed]
+    if all(now > 1.1 * earlier for now, earlier in zip(context["adam"], before, strict=True)):
+        found += f" Adam's was still growing when training ended (in context, from {_many(before)})."
     return found
 
 

@@ -200,6 +200,10 @@ def test_the_report_says_whether_outliers_appeared(tmp_path: Path) -> None:
     high = write_report(study(HIGH), tmp_path / "high").read_text()
     assert "did not appear at this scale" in low
     assert "did not appear" not in high
+    between = write_report(study(LOW | {"muon": 500.0}), tmp_path / "between").read_text()
+    assert "did not appear at this scale" in between
+    assert "By muon they set in: 500.00 in context" in between and "(1,575.12 published)" in between
+    assert "By muon" not in low
     assert "mean excess kurtosis of 900.00 and 900.00 by Adam and of 0.02 and 0.02 by OSP" in high
     assert rows(high, "## Outliers")[0]["published, 1.4 B"] == "1,818.56"
     assert rows(high, "## Runs")[0]["epochs"] == "1.25"
