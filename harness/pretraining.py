@@ -16,6 +16,7 @@ from typing import Any
 from harness import plots, store
 from harness.markdown import compact, table
 from harness.pretraining_tables import (
+    PUBLISHED_WIDTH,
     at_four_bits,
     in_order,
     made_by,
@@ -31,9 +32,9 @@ from methods.errors import UserError
 
 Record = dict[str, Any]
 
-OUTLIERS = 10.0
-"""Mean excess kurtosis below which a residual stream has no outliers to speak of: a single channel that holds
-a third of a stream's energy makes about a tenth of its width."""
+OUTLIERS = 0.1
+"""Share of the highest excess kurtosis that its width allows below which a residual stream has no outliers to
+speak of: a single channel that holds a third of the energy makes about as much."""
 INTRODUCTION = """\
 Five recipes on the same text, number of tokens and seed, two of them with a second seed. `adam` trains \
 everything by AdamW; `muon` trains hidden matrices and norms by Muon, embedding and head by AdamW; \
@@ -49,8 +50,8 @@ token alone, as it was published.*"""
 LAYERS = "*The same at the end of training, by layer.*"
 SHIPPED = """\
 Excess kurtosis of the residual stream, in context, of the models that come with this project, through their \
-training: every third look. The largest mean over hidden states at the end is {most:.2f}, {verdict} \
-{bound:g}. `python -m harness.grid grids/osp.yaml` pairs what they lose at 4 bits."""
+training: every third look. The largest mean over hidden states at the end is {most:.2f} of {ceiling:,} \
+at most. `python -m harness.grid grids/osp.yaml` pairs what they lose at 4 bits."""
 HISTOGRAMS = """\
 *How often values of the inputs of linears occur at the end of training, in units of their token's root mean \
 square, all layers together (log scale; the outermost bins hold all that lies beyond).*"""
@@ -103,30 +104,38 @@ def _verdict(runs: Mapping[str, Record]) -> str:
     )
     longest = max(probe["tokens"] for probes in last.values() for probe in probes)
     size = max(run["parameters"]["all"] for run in runs.values())
+    most = ceiling(next(iter(runs.values()))["settings"]["shape"]["width"])
     found = (
         f"After {longest / 1e6:,.0f} M tokens of training at {size / 1e6:.1f} M parameters the residual "
         f"stream has a mean excess kurtosis of {_many(context['adam'])} by Adam and of "
-        f"{_many(context['osp'])} by OSP; of tokens by themselves, as it is published, of "
-        f"{_many(alone['adam'])} and of {_many(alone['osp'])}."
+        f"{_many(context['osp'])} by OSP; of tokens each alone, as it is published, of "
+        f"{_many(alone['adam'])} and of {_many(alone['osp'])}. At this width it can be {most:,} at most, "
+        f"where one channel holds everything; {ceiling(PUBLISHED_WIDTH):,} at that of the published models."
     )
-    if max(*context["adam"], *alone["adam"]) >= OUTLIERS:
-        return found
-    found += (
-        f" **Outliers like those published ({published_kurtosis('adam'):,} by Adam) did not appear at this "
-        f"scale**: none of Adam's runs reaches {OUTLIERS:g}, and pairs with Adam compare recipes, not "
-        "outliers with their absence."
+    heights = {recipe: max(*context[recipe], *alone[recipe]) / most for recipe in last}
+    if max(heights.values()) < OUTLIERS:
+        share = published_kurtosis("adam") / ceiling(PUBLISHED_WIDTH)
+        found += (
+            f" **Outliers like those published (by Adam {published_kurtosis('adam'):,}, {share:.0%} of "
+            f"what is possible) did not appear at this scale**: no run reaches {OUTLIERS:.0%}."
+        )
+    highest = max(heights, key=lambda recipe: heights[recipe])
+    probes = [
+        run["probes"] for name, run in runs.items() if recipe_name(name)[0] == highest and run["probes"]
+    ]
+    halfway = [min(each, key=lambda probe: abs(probe["tokens"] - longest / 2)) for each in probes]
+    return found + (
+        f" Highest stands {highest}: {_many(context[highest])} in context, {_many(alone[highest])} of tokens "
+        f"alone ({heights[highest]:.0%}; published {published_kurtosis(highest):,}); after "
+        f"{halfway[0]['tokens'] / 1e6:,.0f} M tokens it had "
+        f"{_many([mean(probe['excess']) for probe in halfway])} in context."
     )
-    for recipe in sorted(last.keys() - {"adam"}):
-        if max(*context[recipe], *alone[recipe]) >= OUTLIERS:
-            found += (
-                f" By {recipe} they set in: {_many(context[recipe])} in context, {_many(alone[recipe])} of "
-                f"tokens by themselves ({published_kurtosis(recipe):,} published)."
-            )
-    probed = [run["probes"] for name, run in runs.items() if recipe_name(name)[0] == "adam" and run["probes"]]
-    before = [mean(each[2 * len(each) // 3 - 1]["excess"]) for each in probed]
-    if all(now > 1.1 * earlier for now, earlier in zip(context["adam"], before, strict=True)):
-        found += f" Adam's was still growing when training ended (in context, from {_many(before)})."
-    return found
+
+
+def ceiling(width: int) -> int:
+    """The highest excess kurtosis that a vector can have by the published formula: a single channel's that
+    holds everything."""
+    return width - 3
 
 
 def _many(values: Sequence[float]) -> str:
@@ -136,13 +145,13 @@ def _many(values: Sequence[float]) -> str:
 def shipped_runs(folder: Path) -> list[str]:
     """What the models that come with this project looked like through training: narrow ones, trained longer
     than a study trains. Empty where there are none."""
-    lines, most = [], 0.0
+    lines, means = [], {0.0: 0}
     for path in sorted(folder.glob("*/quantgrid.json")):
         about = json.loads(path.read_text(encoding="utf-8"))
         if not about.get("run") or not about.get("probes"):  # not pre-trained here
             continue
-        most = max(most, mean(about["probes"][-1]["excess"]))
         settings = about["run"]["settings"]
+        means[mean(about["probes"][-1]["excess"])] = settings["shape"]["width"]
         shown = about["probes"][::-3][::-1]
         for probe in shown:
             tokens = probe["step"] * settings["batch"] * settings["length"]
@@ -154,8 +163,7 @@ def shipped_runs(folder: Path) -> list[str]:
     head = ["model", "recipe", "M tokens", "held-out loss", "embedding"]
     head += [f"behind layer {layer + 1}" for layer in range(depth)]
     lines = [[*line, *["–"] * (len(head) - len(line))] for line in lines]
-    verdict = "below" if most < OUTLIERS else "above"
-    note = SHIPPED.format(most=most, verdict=verdict, bound=OUTLIERS)
+    note = SHIPPED.format(most=max(means), ceiling=ceiling(means[max(means)]))
     return ["### Longer runs of smaller models", table(head, lines), note]
 
 
@@ -194,7 +202,7 @@ def _runs(runs: Mapping[str, Record]) -> list[str]:
         "token; runs may have shared a GPU, so tokens a second compare no recipes (steps, below, do)."
     )
     given = [entry for run in runs.values() for entry in run["commands"]]
-    found.append(made_by([entry["command"] for entry in given], [entry["commit"] for entry in given]))
+    found.append(made_by([entry["command"] for entry in given], [entry.get("commit") for entry in given]))
     return found
 
 
@@ -246,7 +254,10 @@ def _kurtosis(runs: Mapping[str, Record], figures: Path) -> list[str]:
     lines = []
     for name, run in probed.items():
         end = run["probes"][-1]
-        down = end["sites"]["down_proj"]
+        inputs = [
+            f"{mean([site['kurtosis'] for site in end['sites'][name]]) - 3:.2f}"
+            for name in ("attention", "mlp", "down_proj")
+        ]
         lines.append(
             [
                 label(name),
@@ -254,12 +265,12 @@ def _kurtosis(runs: Mapping[str, Record], figures: Path) -> list[str]:
                 f"{max(end['excess']):.3f}",
                 f"{mean(end['alone']):.3f}",
                 f"{max(end['alone']):.3f}",
-                f"{mean([site['kurtosis'] for site in down]) - 3:.2f}",
-                f"{max(site['largest'] for site in down):.1f}",
+                *inputs,
+                f"{max(site['largest'] for site in end['sites']['down_proj']):.1f}",
                 _published(recipe_name(name)[0]),
             ]
         )
-    head = ["run", "in context", "most", "alone", "most ", "down_proj inputs", "their largest value"]
+    head = ["run", "in context", "most", "alone", "most ", "inputs of q, k, v", "of gate, up", "of down_proj"]
     floor = 1e-3  # an excess of nothing has no place on a log axis
 
     def through(read: Any) -> dict[str, list[tuple[float, float]]]:
@@ -298,9 +309,10 @@ def _kurtosis(runs: Mapping[str, Record], figures: Path) -> list[str]:
         order(runs),
     )
     return [
-        table([*head, "published, 1.4 B"], lines),
+        table([*head, "their largest value", "published, 1.4 B"], lines),
         "Excess kurtosis of hidden states by the published formula: the fourth moment not "
-        "centred, negative values as 0; of down_proj's inputs centred, per token.",
+        "centred, negative values as 0; mean over hidden states, and the highest of them. Of what linears "
+        "read, behind the gains of the norms: centred, per token.",
         "![Kurtosis through training](figures/kurtosis.svg)",
         THROUGH,
         "![Kurtosis by layer](figures/layers.svg)",
@@ -342,10 +354,11 @@ def _rates(rates: Record | None) -> list[str]:
     chosen = ", ".join(f"{name} {rate:g}" for name, rate in rates["chosen"].items())
     return [
         "## How the rates were chosen",
-        f"By the loss on tuning text (no text of any evaluation) of short runs: {chosen}. The recipes in "
-        "between take those of `muon`.",
+        f"By the loss on tuning text (no text of any evaluation) of short runs: {chosen}. The rates "
+        "of `muon` serve every recipe with Muon, `osp` too, and those of embedding and head beside Muon are "
+        "Adam's.",
         table(["recipe", "rate", "loss on tuning text", "tokens"], lines),
-        made_by([rates["command"]], [rates["commit"]]),
+        made_by([rates["command"]], [rates.get("commit")]),
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,8 @@ CHECKPOINTS = {
 }
 """Recipes, and what the tables of Park et al. 2025 (methods/published/osp.json) call the models that they
 gave at 1.4 B parameters and 100 B tokens."""
+PUBLISHED_WIDTH = 2048
+"""Of the models of 1.4 B parameters."""
 LONGEST = ("OSP-1.4B-1T-Adam", "OSP-1.4B-1T-Muon-SSNorm-EmbProj")
 """Their models of 1 T tokens: Adam's and OSP's."""
 TEXTS = {"held_out": "held-out text", "wikipedia": "Wikipedia"}
@@ -84,8 +85,8 @@ def at_four_bits(tables: Record | None, figures: Path) -> list[str]:
 
 def made_by(commands: Sequence[str], commits: Sequence[str | None]) -> str:
     """The commands that made what stands above, and the commits of the code that they ran."""
-    known = list(dict.fromkeys(commit or "none known" for commit in commits))
-    at = f"Made at commit{'s' * (len(known) > 1)} {', '.join(known)} by"
+    known = list(dict.fromkeys(commit or "not known" for commit in commits))
+    at = f"Made by (commit{'s' * (len(known) > 1)}: {', '.join(known)})"
     return "\n".join([at, "", *(f"    {command}" for command in dict.fromkeys(commands))])
 
 
@@ -115,8 +116,9 @@ def _protocol(cells: Cells) -> str:
     return (
         f"Windows of {cell['length']:,} tokens, each scored alone: {counts}. Weights symmetric by output "
         "channel in a searched range, activations asymmetric by token, KV cache asymmetric by token and "
-        "head, nothing else clipped; embedding and head stay as they are. Each entry: rounded to nearest / "
-        "with a Hadamard transform before down_proj."
+        "head, nothing else clipped; embedding and head stay as they are. Held-out losses above are of other "
+        "windows of the same text. Each entry: rounded to nearest / with a Hadamard transform before "
+        "down_proj."
     )
 
 
@@ -236,20 +238,12 @@ def overhead_section(overhead: Record | None) -> list[str]:
         return []
     steps = overhead["steps"]
     adam = next((step for step in steps if step["recipe"] == "adam"), None)
-    # Recipes of one network have one pass: what their timings differ by is noise.
-    passes: dict[int, list[float]] = {}
-    for step in steps:
-        passes.setdefault(step["parameters"], []).append(step["pass_seconds"])
-
-    def seconds(step: Record, batch: str) -> float:
-        one = statistics.fmean(passes[step["parameters"]])
-        return float(one * int(batch) / step["micro_tokens"] + step["update_seconds"])
-
     batches = list(steps[0]["seconds"])
     lines = []
     for step in steps:
         shares = [
-            "–" if adam is None else f"{seconds(adam, batch) / seconds(step, batch):.1%}" for batch in batches
+            "–" if adam is None else f"{adam['seconds'][batch] / step['seconds'][batch]:.1%}"
+            for batch in batches
         ]
         lines.append(
             [
@@ -267,11 +261,10 @@ def overhead_section(overhead: Record | None) -> list[str]:
     return [
         "## What a step costs",
         f"Shape {overhead['shape']}, a pass forward and back of {steps[0]['micro_tokens']:,} tokens, and the "
-        f"update of all parameters, on {overhead['device']}, torch {overhead['torch']}; medians. The last "
-        "columns are computed from both: an update does not grow with the batch, and recipes of one network "
-        "count with the mean of their passes, which differ by chance. The paper reports 97.9 % of "
-        "Adam's throughput for Muon, on TPUs with the optimiser spread over them; here every process updates "
-        "everything.",
+        f"update of all parameters, on {overhead['device']}, torch {overhead['torch']}; medians, recipes in "
+        "turns. The last columns are computed from both, since an update does not grow with the batch; "
+        "passes of recipes of one network differ by chance. The paper reports 97.9 % of Adam's throughput "
+        "for Muon, on TPUs with the optimiser spread over them; here every process updates everything.",
         table(head, lines),
-        made_by([overhead["command"]], [overhead["commit"]]),
+        made_by([overhead["command"]], [overhead.get("commit")]),
     ]

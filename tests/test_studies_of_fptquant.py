@@ -134,6 +134,15 @@ def test_what_fptquants_parts_cost_is_what_the_docs_say(root: Path) -> None:
     more = {name: f"{100 * (seconds / took['none'] - 1):.1f} %" for name, seconds in took.items()}
     assert f"takes {more['fptquant']} longer with FPTQuant's online parts" in flat
     assert f"{more['quarot']} with QuaRot's online parts" in flat
+    whole = recorded.read(root / "results" / "reference" / "speed-h100.json.xz")["overhead"]
+    [plain, before] = [
+        statistics.median(row["seconds"])
+        for online in ("none", "fptquant")
+        for row in whole
+        if (row["form"], row["phase"], row["batch"], row["context"], row["online"])
+        == ("w4a4kv4", "decode", 1, 1024, online)
+    ]
+    assert f"All of it took {100 * (before / plain - 1):.1f} % when" in flat
     assert (
         f"the scale per token {more['fptquant-scaling']}, static ranges {more['fptquant-static']}, the "
         f"Hadamard transform in seven blocks of 2048 in front of down_proj {more['fptquant-hadamard']} ("

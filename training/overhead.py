@@ -32,7 +32,7 @@ class _Timed:
     settings: Settings
     model: Decoder
     objective: nn.Module
-    moved: list[torch.optim.Optimizer]
+    optimisers: list[torch.optim.Optimizer]
     passes: list[float] = field(default_factory=list)
     updates: list[float] = field(default_factory=list)
     peak: int = 0
@@ -41,7 +41,10 @@ class _Timed:
     def state_bytes(self) -> int:
         """Of the optimisers, whose entries are all tensors."""
         return sum(
-            value.nbytes for one in self.moved for entry in one.state.values() for value in entry.values()
+            value.nbytes
+            for one in self.optimisers
+            for entry in one.state.values()
+            for value in entry.values()
         )
 
     def forward_and_back(self, ids: Tensor) -> None:
@@ -49,12 +52,12 @@ class _Timed:
 
     def update(self) -> None:
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        for optimiser in self.moved:
+        for optimiser in self.optimisers:
             optimiser.step()
         self.forget()
 
     def forget(self) -> None:
-        for optimiser in self.moved:
+        for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
 
 
@@ -120,6 +123,8 @@ def _record(one: _Timed) -> dict[str, Any]:
         "pass_seconds": forward,
         "update_seconds": updating,
         "seconds": {str(batch): forward * batch / tokens + updating for batch in BATCHES},
+        "passes": one.passes,
+        "updates": one.updates,
         "state_bytes": one.state_bytes,
         "peak_bytes": one.peak,
     }

@@ -173,7 +173,13 @@ def time_steps(arguments: argparse.Namespace, device: torch.device, command: str
     """Steps of adam, muon and osp at `--shape`; writes overhead.json."""
     tokens_a_step = arguments.batch * arguments.length
     every = [settings(arguments, recipe, 0, tokens_a_step, Rates()) for recipe in ("adam", "muon", "osp")]
-    found = overhead.time_steps(every, arguments.vocabulary, device)
+    try:
+        found = overhead.time_steps(every, arguments.vocabulary, device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{device} has too little memory for models of three recipes at once: give a smaller --micro or "
+            "--shape"
+        ) from error
     for line in found:
         _say(json.dumps(line))
     about = {
@@ -203,7 +209,7 @@ def collect(out: Path, data: Path, to: Path, runs: Sequence[tuple[str, int]]) ->
     found["tables"] = (
         {
             "commands": [one["command"] for one in measured.values()],
-            "commits": list(dict.fromkeys(one["commit"] for one in measured.values())),
+            "commits": list(dict.fromkeys(one.get("commit") for one in measured.values())),
             "models": {name: one["cells"] for name, one in measured.items()},
         }
         if measured

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from methods.checkpoint import open_checkpoint
 from tests.training import small_data
-from training import tables
+from training import overhead, tables
 from training.muon import orthogonalised
-from training.recipe import RECIPES, Rates, Settings
+from training.recipe import RECIPES, Rates, Settings, Shape
 from training.tokens import Data
 from training.trainer import MODEL, STATE, Place, Trainer
 
@@ -68,3 +68,15 @@ def test_half_precision_orthogonalises_as_double_does() -> None:
     assert float((half - orthogonalised(x.double())).norm() / x.shape[0] ** 0.5) < 0.05 * 384**0.5
     values = torch.linalg.svdvals(half.double())
     assert 0.6 < float(values.min()) <= float(values.max()) < 1.25
+
+
+def test_memory_of_a_step_is_that_of_its_recipe_alone() -> None:
+    """Recipes are held together while they are timed; what the others keep is not counted."""
+    shape = Shape(layers=4, width=256, heads=4, hidden=768)
+    given = [small_data.settings(recipe, 1, shape=shape) for recipe in ("adam", "muon")]
+    together = overhead.time_steps(given, 2048, torch.device("cuda"), repeats=2)
+    for settings, found in zip(given, together, strict=True):
+        [alone] = overhead.time_steps([settings], 2048, torch.device("cuda"), repeats=2)
+        assert found["state_bytes"] == alone["state_bytes"]
+        assert found["peak_bytes"] == pytest.approx(alone["peak_bytes"], rel=0.05)
+        assert found["peak_bytes"] > found["state_bytes"] + 2 * 4 * found["parameters"]

@@ -59,7 +59,11 @@ def study(excess: dict[str, float]) -> dict[str, Any]:
                 "held_out": 5.0 / part,
                 "excess": [0.0, excess[recipe], 2 * excess[recipe]],
                 "alone": [0.5, 0.5, 0.5],
-                "sites": {"down_proj": [{"kurtosis": 9.0, "largest": 12.5}]},
+                "sites": {
+                    "attention": [{"kurtosis": 3.5, "largest": 2.5}],
+                    "mlp": [{"kurtosis": 2.75, "largest": 1.5}],
+                    "down_proj": [{"kurtosis": 9.0, "largest": 12.5}],
+                },
                 **({"histograms": {"mlp": {"reach": 4.0, "counts": [1, 8, 20, 1]}}} if part == 2 else {}),
             }
             for part in (1, 2)
@@ -200,17 +204,24 @@ def test_the_report_says_whether_outliers_appeared(tmp_path: Path) -> None:
     high = write_report(study(HIGH), tmp_path / "high").read_text()
     assert "did not appear at this scale" in low
     assert "did not appear" not in high
-    between = write_report(study(LOW | {"muon": 500.0}), tmp_path / "between").read_text()
-    assert "did not appear at this scale" in between
-    assert "By muon they set in: 500.00 in context" in between and "(1,575.12 published)" in between
-    assert "By muon" not in low
+    between = write_report(study(LOW | {"muon": 5.0}), tmp_path / "between").read_text()
+    assert "did not appear" not in between, "17 % of what a width of 32 allows"
+    assert "Highest stands muon: 5.00 in context, 0.50 of tokens alone (17%; published 1,575.12)" in between
+    assert "At this width it can be 29 at most" in between and "2,045 at that of the published" in between
+    assert "(by Adam 1,818.56, 89% of what is possible)" in low
     assert "mean excess kurtosis of 900.00 and 900.00 by Adam and of 0.02 and 0.02 by OSP" in high
     assert rows(high, "## Outliers")[0]["published, 1.4 B"] == "1,818.56"
+    read = rows(high, "## Outliers")[0]
+    assert [read[name] for name in ("inputs of q, k, v", "of gate, up", "of down_proj")] == [
+        "0.50",
+        "-0.25",
+        "6.00",
+    ]
     assert rows(high, "## Runs")[0]["epochs"] == "1.25"
     assert rows(high, "## What a step costs")[1]["of Adam's speed at 4,194,304 tokens a step"] == "97.6%"
     assert rows(high, "## How the rates")[1]["loss on tuning text"] == "not finite"
-    assert "Made at commit abc123 by\n\n    python -m training.study run --runs adam-0\n" in high
-    assert "Made at commits abc123, none known by\n\n    python -m training.study tables\n" in high
+    assert "Made by (commit: abc123)\n\n    python -m training.study run --runs adam-0\n" in high
+    assert "Made by (commits: abc123, not known)\n\n    python -m training.study tables\n" in high
     drawn = {path.name for path in (tmp_path / "high" / "figures").iterdir()}
     assert drawn == {"curves.svg", "kurtosis.svg", "layers.svg", "histograms.svg", "bits.svg"}
     assert all(f"figures/{name}" in high for name in drawn)
