@@ -106,7 +106,7 @@ def _verdict(runs: Mapping[str, Record]) -> str:
     size = max(run["parameters"]["all"] for run in runs.values())
     most = ceiling(next(iter(runs.values()))["settings"]["shape"]["width"])
     found = (
-        f"After {longest / 1e6:,.0f} M tokens of training at {size / 1e6:.1f} M parameters the residual "
+        f"After {longest / 1e6:,.3g} M tokens of training at {size / 1e6:.1f} M parameters the residual "
         f"stream has a mean excess kurtosis of {_many(context['adam'])} by Adam and of "
         f"{_many(context['osp'])} by OSP; of tokens each alone, as it is published, of "
         f"{_many(alone['adam'])} and of {_many(alone['osp'])}. At this width it can be {most:,} at most, "
@@ -127,7 +127,7 @@ def _verdict(runs: Mapping[str, Record]) -> str:
     return found + (
         f" Highest stands {highest}: {_many(context[highest])} in context, {_many(alone[highest])} of tokens "
         f"alone ({heights[highest]:.0%}; published {published_kurtosis(highest):,}); after "
-        f"{halfway[0]['tokens'] / 1e6:,.0f} M tokens it had "
+        f"{halfway[0]['tokens'] / 1e6:,.3g} M tokens it had "
         f"{_many([mean(probe['excess']) for probe in halfway])} in context."
     )
 

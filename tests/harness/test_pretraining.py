@@ -157,9 +157,14 @@ def rows(text: str, heading: str) -> list[dict[str, str]]:
     return [dict(zip(parsed[0], line, strict=True)) for line in parsed[2:]]
 
 
-def test_perplexities_are_those_of_the_windows(tmp_path: Path) -> None:
-    given = study(LOW)
-    text = write_report(given, tmp_path).read_text()
+@pytest.fixture(scope="module")
+def low(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The report of a study without outliers."""
+    return write_report(study(LOW), tmp_path_factory.mktemp("low")).read_text()
+
+
+def test_perplexities_are_those_of_the_windows(low: str) -> None:
+    given, text = study(LOW), low
     found = rows(text, "### Perplexity, Wikipedia")
     assert [(row["recipe"], row["seed"]) for row in found] == [
         *(("adam", "0"), ("adam", "1"), ("muon", "0"), ("osp", "0"), ("osp", "1"))
@@ -199,8 +204,7 @@ def test_intervals_are_of_the_paired_differences() -> None:
         assert found[1:] == pytest.approx((values.mean() - reach, values.mean() + reach), abs=0.2 * reach)
 
 
-def test_the_report_says_whether_outliers_appeared(tmp_path: Path) -> None:
-    low = write_report(study(LOW), tmp_path / "low").read_text()
+def test_the_report_says_whether_outliers_appeared(low: str, tmp_path: Path) -> None:
     high = write_report(study(HIGH), tmp_path / "high").read_text()
     assert "did not appear at this scale" in low
     assert "did not appear" not in high
@@ -238,10 +242,9 @@ def test_equal_studies_give_equal_bytes_and_parts_may_be_missing(tmp_path: Path)
     assert "## At 4 bits" not in text
 
 
-def test_models_that_ship_are_shown_through_their_training(tmp_path: Path) -> None:
+def test_models_that_ship_are_shown_through_their_training(low: str, tmp_path: Path) -> None:
     """They were trained longest: whether outliers grow with training is seen there."""
-    text = write_report(study(LOW), tmp_path / "report").read_text()
-    lines = text.partition("### Longer runs")[2].partition("\n## ")[0].splitlines()
+    lines = low.partition("### Longer runs")[2].partition("\n## ")[0].splitlines()
     for name in ("twin-adam", "twin-osp"):
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if f"| {name} |" in line]
         about = json.loads((SHIPPED_MODELS / name / "quantgrid.json").read_text())
