@@ -145,13 +145,13 @@ def _many(values: Sequence[float]) -> str:
 def shipped_runs(folder: Path) -> list[str]:
     """What the models that come with this project looked like through training: narrow ones, trained longer
     than a study trains. Empty where there are none."""
-    lines, means = [], {0.0: 0}
+    lines, means = [], []
     for path in sorted(folder.glob("*/quantgrid.json")):
         about = json.loads(path.read_text(encoding="utf-8"))
         if not about.get("run") or not about.get("probes"):  # not pre-trained here
             continue
         settings = about["run"]["settings"]
-        means[mean(about["probes"][-1]["excess"])] = settings["shape"]["width"]
+        means.append((mean(about["probes"][-1]["excess"]), settings["shape"]["width"]))
         shown = about["probes"][::-3][::-1]
         for probe in shown:
             tokens = probe["step"] * settings["batch"] * settings["length"]
@@ -163,7 +163,8 @@ def shipped_runs(folder: Path) -> list[str]:
     head = ["model", "recipe", "M tokens", "held-out loss", "embedding"]
     head += [f"behind layer {layer + 1}" for layer in range(depth)]
     lines = [[*line, *["–"] * (len(head) - len(line))] for line in lines]
-    note = SHIPPED.format(most=max(means), ceiling=ceiling(means[max(means)]))
+    most, width = max(means)
+    note = SHIPPED.format(most=most, ceiling=ceiling(width))
     return ["### Longer runs of smaller models", table(head, lines), note]
 
 
@@ -371,6 +372,10 @@ def read_study(path: Path) -> Record:
         raise UserError(f"study {path} is damaged: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict) or not {"data", "runs", "tables", "overhead", "rates"} <= found.keys():
         raise UserError(f"study {path}: not a file that python -m training.study collect wrote")
+    if found["tables"] and "commands" not in found["tables"]:
+        raise UserError(
+            f"study {path}: written by an earlier version: give python -m training.study collect again"
+        )
     return found
 
 

@@ -194,6 +194,13 @@ def test_the_speeds_of_decoders_in_the_readme_are_those_on_record(root: Path) ->
         milliseconds(row("w4a4kv4", "decode", 1, 1024, "overhead", name)) for name in ("none", "fptquant")
     )
     assert f"online parts added {scaled / plain - 1:.0%} to a step".replace("%", " %") in readme
+    later = {
+        found["online"]: milliseconds(found)
+        for found in recorded.read(root / "results" / "reference" / "speed-h100-fptquant.json.xz")["overhead"]
+        if found["form"] == "w4a4kv4"
+    }
+    more = {name: f"{100 * (took / later['none'] - 1):.1f} %" for name, took in later.items()}
+    assert f"in that run, {more['fptquant']} since" in readme and f"(QuaRot's {more['quarot']};" in readme
     held = [row(form, "decode", 8, 32768) for form in ("w4a4kv4", "bf16")]
     share = (held[0]["weights"] + held[0]["kv"]) / (held[1]["weights"] + held[1]["kv"])
     assert f"take {share:.3f} of bf16's bytes" in readme

@@ -264,8 +264,15 @@ def test_models_that_ship_are_shown_through_their_training(low: str, tmp_path: P
 def test_mistakes_get_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "other.json").write_text("{}")
+    earlier = study(LOW) | {"tables": {"command": "python -m training.study tables", "models": {}}}
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
     (tmp_path / "empty.json").write_text(json.dumps(study(LOW) | {"runs": {}}))
-    for name, said in (("none", "No such file"), ("broken", "is damaged"), ("other", "not a file that")):
+    for name, said in (
+        ("none", "No such file"),
+        ("broken", "is damaged"),
+        ("other", "not a file that"),
+        ("earlier", "by an earlier version: give python -m training.study collect again"),
+    ):
         with pytest.raises(UserError, match=said):
             read_study(tmp_path / f"{name}.json")
     assert pretraining.main([str(tmp_path / "empty.json"), "--report", str(tmp_path / "out")]) == 2
