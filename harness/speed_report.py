@@ -33,12 +33,12 @@ Decoders of published shapes with random weights, which cost what real ones cost
 as grids name them: `w4a8kv8` has weights of 4 bits, inputs of linears and a KV cache of 8. Embedding and \
 lm_head are bf16 in all. All forms have merged q/k/v and gate/up projections and decode by one CUDA graph a \
 step, with attention of this project's; a prefill attends with PyTorch's. Contexts beyond those that a model \
-was made for are timed as they are. Forms take turns in one process; `x bf16` is the median \
-over turns of bf16's time as a multiple of the form's, so above 1 is faster."""
+was made for are timed as they are. Forms take turns in one process; `x {first}` is the \
+median over turns of {first}'s time as a multiple of the form's, so above 1 is faster."""
 FLOORS = """\
 Floor: weights and the keys and values of the context read once at the measured bandwidth, or the \
 multiply-adds of linears, head and attention at the measured rate of a large product (int8: twice that of \
-bf16, as tensor cores do), whichever takes longer; `of floor` is its share of the time. *: bf16 and this \
+bf16, as tensor cores do), whichever takes longer; `of floor` is its share of the time. *: {first} and this \
 form did not fit beside each other and were timed one after the other. †: steps were launched by the host. \
 Peak: bytes that torch had allocated at most, with this form's weights and cache alone. J/token: {energy}."""
 SHORTEST_ENERGY = 1.0
@@ -94,8 +94,14 @@ def _head(record: Row) -> list[str]:
         f"# Whole decoders on {machine['gpu'] or machine['cpu']}",
         f"{made}sources {machine['code']}{tuned}.",
         f"{', '.join(versions)}. Limits, in the same run: {', '.join(measured)}.",
-        GUIDE,
+        GUIDE.format(first=first_form(record)),
     ]
+
+
+def first_form(record: Row) -> str:
+    """What forms are held against: bf16 where it was timed, else the first of the others."""
+    rows = record["results"]
+    return str(rows[0]["form"]) if rows else BASELINE
 
 
 def _targets(record: Row) -> list[str]:
@@ -125,9 +131,11 @@ def _shape(record: Row, shape: str) -> list[str]:
     for phase, says in (("decode", DECODED), ("prefill", PREFILLED)):
         own = [row for row in rows if row["phase"] == phase]
         if own:
-            parts += [f"### {shape}: {phase}", says, _rows_table(own, shown)]
+            parts += [f"### {shape}: {phase}", says, _rows_table(own, first_form(record), shown)]
     if rows:
-        parts += [FLOORS.format(energy=energy), f"![Decoding beside bf16, by context]({PLOT})"]
+        first = first_form(record)
+        parts += [FLOORS.format(energy=energy, first=first)]
+        parts += [f"![Decoding beside {first}, by context]({PLOT})"]
         parts = parts if shape == next(iter(record["shapes"])) else parts[:-1]
     return [*parts, *_overhead(record, shape), *_shares(record, shape)]
 
@@ -144,9 +152,9 @@ def _energy(record: Row) -> str:
     return f"by the driver's {record['energy']}, over {record['energy_seconds']:g} s or more of each"
 
 
-def _rows_table(rows: Sequence[Row], energy: bool) -> str:
+def _rows_table(rows: Sequence[Row], first: str, energy: bool) -> str:
     prefill = rows[0]["phase"] == "prefill"
-    head = ["batch", "context", "bits", "median", "fastest to slowest", "x bf16", "tokens/s", "J/token"]
+    head = ["batch", "context", "bits", "median", "fastest to slowest", f"x {first}", "tokens/s", "J/token"]
     head += ["floor", "of floor", "bound by", "peak GB", "weights GB", "KV GB"]
     lines = []
     ordered = sorted(rows, key=lambda row: (row["batch"], row["context"]))
@@ -264,7 +272,8 @@ COLOURS = ("#555555", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#5
 
 
 def plot(record: Row, stream: TextIO) -> None:
-    """Tokens per second of decoding beside bf16's, by context, a panel for each shape and batch, as SVG."""
+    """Tokens per second of decoding beside the first form's, by context, a panel for each shape and batch,
+    as SVG."""
     from matplotlib.figure import Figure
 
     rows = [row for row in record["results"] if row["phase"] == "decode" and row["speed"] is not None]
@@ -288,7 +297,7 @@ def plot(record: Row, stream: TextIO) -> None:
             axes.grid(alpha=0.3)
             axes.set_title(f"{shape}, batch {batch}", fontsize=9)
             axes.set_xlabel("context (tokens)", fontsize=8)
-        line[0].set_ylabel("decoding, x bf16", fontsize=8)
+        line[0].set_ylabel(f"decoding, x {first_form(record)}", fontsize=8)
     panels[0][0].set_ylim(bottom=0)  # of all panels; sooner, the first one's top would be that of all
     handles, labels = panels[0][0].get_legend_handles_labels()
     if handles:

@@ -126,7 +126,17 @@ def test_another_file_is_refused_in_one_line(
     assert said.startswith("error: ") and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("shape", ["", "-llama-3.2-1b", "-qwen2.5-7b"])
+def test_forms_are_held_against_the_first_that_was_timed(record: dict[str, Any]) -> None:
+    others = [row for row in record["results"] if row["form"] != "bf16"]
+    text = speed_report.report(record | {"results": others})
+    assert "`x w4a16g64`" in text and " x w4a16g64 |" in text and "x bf16" not in text
+    drawn = io.StringIO()
+    speed_report.plot(record | {"results": others}, drawn)
+    assert "x w4a16g64" in drawn.getvalue() and "x bf16" not in drawn.getvalue()
+    assert " x bf16 |" in speed_report.report(record)
+
+
+@pytest.mark.parametrize("shape", ["", "-fptquant", "-llama-3.2-1b", "-qwen2.5-7b"])
 def test_the_committed_report_is_what_its_record_gives(shape: str, root: Path, tmp_path: Path) -> None:
     record = root / "results" / "reference" / f"speed-h100{shape}.json.xz"
     assert speed_report.main([str(record), "--report", str(tmp_path)]) == 0
